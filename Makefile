@@ -1,0 +1,73 @@
+# Everything a developer does: `make help`.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-builtin-rules --no-print-directory
+.SUFFIXES:
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+ARGS ?=
+
+.PHONY: help demo test lint format bench docs lock clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.demo ## Train, pack, bake and serve a real model, and measure it (ARGS=--once ends by itself)
+	@$(BIN)/python -m demo $(ARGS)
+
+test: $(VENV)/.dev ## Run all tests (ARGS="-k words" for some)
+	@$(BIN)/python -m pytest $(if $(ARGS),,-n auto --dist loadgroup) $(ARGS)
+
+lint: $(VENV)/.dev ## Check style, types, layers, and that the reference pages are up to date
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check --quiet || { echo 'error: not formatted'; echo 'hint: make format'; exit 1; }
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+	@$(BIN)/python -m docs.generate --check
+
+format: $(VENV)/.dev ## Format the code and sort the imports
+	@$(BIN)/ruff check --fix-only --quiet
+	@$(BIN)/ruff format --quiet
+
+bench: $(VENV)/.dev ## Measure speed and size on this machine
+	@$(BIN)/python -m bench $(ARGS)
+
+docs: $(VENV)/.dev ## Write docs/reference from the code
+	@$(BIN)/python -m docs.generate
+
+lock: $(VENV)/.dev ## Pin the newest versions that fit pyproject.toml
+	@$(PIP) install uv
+	@compile() { $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
+		--no-annotate --no-config --custom-compile-command 'make lock' pyproject.toml "$$@"; }; \
+	compile --group dev --extra sklearn --extra lightgbm -o requirements/dev.txt; \
+	compile -c requirements/dev.txt --group build --extra sklearn -o requirements/demo.txt; \
+	sed -n '/^ml-dtypes/d; s/^\([^# ].*\) \\$$/\1/p' requirements/dev.txt > $(VENV)/versions.txt; \
+	compile -c $(VENV)/versions.txt -o requirements/base.txt
+
+clean: ## Remove everything that make made
+	rm -rf $(VENV) .demo build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
+
+# A stamp is as new as the lock that was installed, so a second call starts at once.
+$(VENV)/.python:
+	@python=; \
+	for candidate in python3 python3.13 python3.12 python3.11; do \
+		if $$candidate -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then \
+			python=$$candidate; break; \
+		fi; \
+	done; \
+	[ -n "$$python" ] || { echo 'error: no Python 3.11, 3.12 or 3.13 on the PATH' >&2; exit 1; }; \
+	echo "making $(VENV) with $$($$python --version)" >&2; \
+	rm -rf $(VENV); \
+	$$python -m venv $(VENV) || { rm -rf $(VENV); \
+		echo 'hint: on Debian and Ubuntu, apt install python3-venv' >&2; exit 1; }
+	@touch $@
+
+$(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: requirements/%.txt pyproject.toml | $(VENV)/.python
+	@echo 'installing what requirements/$*.txt pins (once)' >&2
+	@$(PIP) install --require-hashes -r $<
+	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@

@@ -1,0 +1,250 @@
+"""Every option, declared once: flag, environment variable, key of parbake.toml and reference page.
+
+A settings struct's field is an option. Its annotation carries an `Option` with the help text; the flag
+is the field's name with dashes, the environment variable ``PARBAKE_`` and the name in capitals.
+A flag wins over the environment, the environment over the file, the file over the default.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import msgspec
+from msgspec import Struct
+
+from parbake.errors import SettingsError
+from parbake.names import Name
+
+Mode = Literal["dynamic", "static", "hybrid"]
+Placement = Literal["auto", "inline", "process"]
+
+CONFIG_FILE: Final = "parbake.toml"
+ENVIRONMENT_PREFIX: Final = "PARBAKE_"
+
+_S = TypeVar("_S", bound=Struct)
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """How one setting is shown to people."""
+
+    help: str
+    metavar: str = ""
+    short: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Declared:
+    """One setting as every place that shows or reads it needs it: the CLI, the environment, the reference page."""
+
+    field: str
+    """Name of the struct's field, and key in the file."""
+    kind: type[str] | type[int] | type[float] | type[bool]
+    default: Any
+    """None where nothing is the default."""
+    option: Option | None
+    """None for a key that exists in the file only."""
+    choices: tuple[str, ...] = ()
+    minimum: float | None = None
+    minimum_open: bool = False
+    """Whether the minimum itself is not allowed."""
+    maximum: float | None = None
+    required: bool = False
+
+    @property
+    def flag(self) -> str:
+        """``--grpc-port``."""
+        return "--" + self.field.replace("_", "-")
+
+    @property
+    def variable(self) -> str:
+        """``PARBAKE_GRPC_PORT``."""
+        return ENVIRONMENT_PREFIX + self.field.upper()
+
+
+class ServerSettings(Struct, frozen=True, forbid_unknown_fields=True):
+    """The server as a whole: ``[server]`` in parbake.toml, flags of ``parbake serve``."""
+
+    host: Annotated[str, Option("Address to listen on.", "ADDRESS")] = "127.0.0.1"
+    port: Annotated[int, Option("HTTP port; 0 takes a free one.", "PORT"), msgspec.Meta(ge=0, le=65535)] = (
+        8000
+    )
+    grpc_port: Annotated[
+        Annotated[int, msgspec.Meta(ge=0, le=65535)] | None,
+        Option("gRPC port; 0 takes a free one; without it gRPC is off.", "PORT"),
+    ] = None
+    admin_port: Annotated[
+        int,
+        Option("Port of the admin API, always on loopback; 0 takes a free one.", "PORT"),
+        msgspec.Meta(ge=0, le=65535),
+    ] = 0
+    admin_token: Annotated[
+        str, Option("Token of the admin API; without it one is made for each start.", "TOKEN")
+    ] = ""
+    workers: Annotated[
+        int, Option("Front processes; 0 takes half of the CPU quota, at least one.", "N"), msgspec.Meta(ge=0)
+    ] = 0
+    tls_cert: Annotated[str, Option("PEM file of the certificate; turns on TLS.", "FILE")] = ""
+    tls_key: Annotated[str, Option("PEM file of the certificate's key.", "FILE")] = ""
+    repository_api: Annotated[
+        Literal["local", "token", "off"],
+        Option(
+            "Who may load and unload models over the serving port: callers on this machine while the "
+            "server listens on loopback only (local), holders of the admin token (token), nobody (off)."
+        ),
+    ] = "local"
+    max_body_bytes: Annotated[int, Option("Largest request body.", "BYTES"), msgspec.Meta(ge=1)] = (
+        64 * 1024 * 1024
+    )
+    max_connections: Annotated[int, Option("Open connections per front.", "N"), msgspec.Meta(ge=1)] = 10_000
+    request_timeout_s: Annotated[
+        float, Option("Time a request may take to arrive.", "SECONDS"), msgspec.Meta(gt=0)
+    ] = 30.0
+    idle_timeout_s: Annotated[
+        float, Option("Time a connection may stay without a request.", "SECONDS"), msgspec.Meta(gt=0)
+    ] = 75.0
+    drain_timeout_s: Annotated[
+        float, Option("Time given to accepted requests when stopping.", "SECONDS"), msgspec.Meta(ge=0)
+    ] = 30.0
+    allow_pickle: Annotated[bool, Option("Load bundles that hold a pickle (it can run any code).")] = False
+    allow_mismatch: Annotated[
+        bool, Option("Serve bundles whose required libraries have other versions here.")
+    ] = False
+    log_format: Annotated[
+        Literal["auto", "text", "json"], Option("Log lines; auto is text on a terminal.")
+    ] = "auto"
+
+    def __post_init__(self) -> None:
+        """Refuse half of a TLS pair."""
+        if bool(self.tls_cert) != bool(self.tls_key):
+            given, missing = ("tls_cert", "tls_key") if self.tls_cert else ("tls_key", "tls_cert")
+            raise ValueError(f"{given} is given without {missing}")
+
+
+DEADLINE_MS: Final = 10_000.0
+"""The deadline where neither the deployment nor its contract has one."""
+
+
+class DeploymentSettings(Struct, frozen=True, forbid_unknown_fields=True):
+    """One deployment: ``[[deployments]]`` in parbake.toml; as flags they hold for all bundles named."""
+
+    bundle: str
+    name: Name | None = None
+    version: Name | None = None
+    mode: Annotated[
+        Mode | None, Option("How to answer; without it hybrid where a table is given, else dynamic.")
+    ] = None
+    table: Annotated[str, Option("Prediction table for static and hybrid.", "DIR")] = ""
+    deadline_ms: Annotated[
+        Annotated[float, msgspec.Meta(gt=0)] | None,
+        Option(
+            "Time within which callers need the answer; what would wait past it is refused. Without it the "
+            "contract's, else 10 seconds.",
+            "MS",
+        ),
+    ] = None
+    placement: Annotated[
+        Placement, Option("Where the model runs: in the front, in a process of its own, or as measured.")
+    ] = "auto"
+    runners: Annotated[int, Option("Runner processes per version.", "N"), msgspec.Meta(ge=1)] = 1
+    threads: Annotated[
+        int, Option("Threads per runner; 0 shares the CPU quota out.", "N"), msgspec.Meta(ge=0)
+    ] = 0
+    max_queue_rows: Annotated[int, Option("Most rows waiting per front.", "N"), msgspec.Meta(ge=1)] = 8192
+    max_batch_rows: Annotated[
+        int, Option("Largest batch; 0 learns it from measured time.", "N"), msgspec.Meta(ge=0)
+    ] = 0
+    batch_delay_ms: Annotated[
+        float, Option("Time to wait for company; 0 never waits.", "MS"), msgspec.Meta(ge=0)
+    ] = 0.0
+
+
+class Settings(Struct, frozen=True, forbid_unknown_fields=True):
+    """A whole parbake.toml."""
+
+    server: ServerSettings = ServerSettings()
+    deployments: tuple[DeploymentSettings, ...] = ()
+
+
+def read_settings(path: Path) -> Settings:
+    """Read parbake.toml; relative paths in it are taken from its folder. Raises `SettingsError`."""
+    try:
+        content: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"{path} cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path} is not valid TOML: {error}") from error
+    deployments = content.get("deployments", [])
+    for deployment in deployments if isinstance(deployments, list) else []:
+        _from_folder(path.parent, deployment, ("bundle", "table"))
+    _from_folder(path.parent, content.get("server"), ("tls_cert", "tls_key"))
+    try:
+        return msgspec.convert(content, Settings)
+    except msgspec.ValidationError as error:
+        raise SettingsError(f"{path}: {error}", hint="docs/reference/settings.md lists the keys") from error
+
+
+def override(settings: _S, given: Mapping[str, object]) -> _S:
+    """The same settings with some fields changed. Raises `SettingsError` naming the field."""
+    if not given:
+        return settings
+    values = {name: getattr(settings, name) for name in settings.__struct_fields__}
+    try:
+        return msgspec.convert({**values, **given}, type(settings))
+    except msgspec.ValidationError as error:
+        raise SettingsError(str(error), hint="docs/reference/settings.md lists the settings") from error
+
+
+def declared(kind: type[Struct]) -> tuple[Declared, ...]:
+    """The settings that a struct declares, in its order."""
+    hints = get_type_hints(kind, include_extras=True)
+    return tuple(_declared(field, hints[field.name]) for field in msgspec.structs.fields(kind))
+
+
+def _declared(field: msgspec.structs.FieldInfo, annotation: Any) -> Declared:
+    option: Option | None = None
+    metas: list[msgspec.Meta] = []
+    choices: tuple[str, ...] = ()
+    kind: Any = None
+    waiting = [annotation]
+    while waiting:
+        item = waiting.pop()
+        if get_origin(item) is Annotated:
+            inner, *extras = get_args(item)
+            waiting.append(inner)
+            metas += [extra for extra in extras if isinstance(extra, msgspec.Meta)]
+            option = next((extra for extra in extras if isinstance(extra, Option)), option)
+        elif get_origin(item) is Literal:
+            kind, choices = str, get_args(item)
+        elif get_args(item):
+            waiting += [member for member in get_args(item) if member is not type(None)]
+        else:
+            kind = item
+    bounds = {
+        name: next((value for meta in metas if (value := getattr(meta, name)) is not None), None)
+        for name in ("ge", "gt", "le")
+    }
+    return Declared(
+        field=field.name,
+        kind=kind,
+        default=None if field.required else field.default,
+        option=option,
+        choices=choices,
+        minimum=bounds["ge"] if bounds["gt"] is None else bounds["gt"],
+        minimum_open=bounds["gt"] is not None,
+        maximum=bounds["le"],
+        required=field.required,
+    )
+
+
+def _from_folder(folder: Path, table: object, keys: tuple[str, ...]) -> None:
+    """Take relative paths of a TOML table from ``folder``."""
+    if not isinstance(table, dict):
+        return
+    for key in keys:
+        if isinstance(value := table.get(key), str) and value:
+            table[key] = str(folder / value)
