@@ -1,0 +1,103 @@
+"""The environment lock: what was installed where a bundle was packed, and what differs here."""
+
+from __future__ import annotations
+
+import platform
+import re
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Final
+
+from parbake.contract.model import Environment, Library
+
+_FIELD: Final = re.compile(r"^(Name|Version): *(\S+)", re.MULTILINE)
+
+# The first part of each path, or the stem of a module that lies at the top.
+_TOP: Final = re.compile(r"^([A-Za-z_]\w*)(?:/|(?:\.[\w-]+)*\.(?:py|so|pyd)(?=,))", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One thing that is not as it was when the bundle was packed."""
+
+    name: str
+    packed: str
+    here: str
+    required: bool
+    """Whether the bundle's own code depends on it."""
+
+
+def capture(required: tuple[str, ...] = ()) -> Environment:
+    """The environment of this process. ``required`` are the libraries that the bundle's code imports."""
+    return Environment(
+        python=platform.python_version(),
+        implementation=platform.python_implementation(),
+        system=f"{platform.system()} {platform.release()}",
+        machine=platform.machine(),
+        libraries=tuple(Library(name, version) for name, version in sorted(_installed().items())),
+        required=tuple(sorted({_canonical(name) for name in required})),
+    )
+
+
+def differences(packed: Environment, here: Environment) -> list[Difference]:
+    """What differs, required libraries first; libraries that are only here do not count."""
+    found: list[Difference] = []
+    if packed.python != here.python:
+        # Minor versions of Python change what source code means; patch releases do not.
+        same_minor = packed.python.split(".")[:2] == here.python.split(".")[:2]
+        found.append(
+            Difference("python", packed.python, here.python, bool(packed.required) and not same_minor)
+        )
+    if packed.implementation != here.implementation:
+        found.append(
+            Difference("implementation", packed.implementation, here.implementation, bool(packed.required))
+        )
+    if packed.system != here.system:
+        found.append(Difference("system", packed.system, here.system, False))
+    if packed.machine != here.machine:
+        found.append(Difference("machine", packed.machine, here.machine, False))
+    installed = {library.name: library.version for library in here.libraries}
+    for library in packed.libraries:
+        version = installed.get(library.name, "not installed")
+        if version != library.version:
+            found.append(Difference(library.name, library.version, version, library.name in packed.required))
+    return sorted(found, key=lambda difference: (not difference.required, difference.name))
+
+
+def distributions() -> dict[str, str]:
+    """All installed distributions by the top-level modules that they provide.
+
+    `importlib.metadata.packages_distributions` says the same ten times as slowly.
+    """
+    found: dict[str, str] = {}
+    for distribution in metadata.distributions():
+        name = _head(distribution).get("Name")
+        top_level = distribution.read_text("top_level.txt")
+        if top_level is not None:
+            tops = set(top_level.split())
+        else:
+            tops = set(_TOP.findall(distribution.read_text("RECORD") or ""))
+        for top in tops if name else ():
+            found.setdefault(top, _canonical(str(name)))
+    return found
+
+
+def _installed() -> dict[str, str]:
+    """Versions by name. Read from the text: parsing the whole metadata takes ten times as long."""
+    found: dict[str, str] = {}
+    for distribution in metadata.distributions():
+        head = _head(distribution)
+        if "Name" in head and "Version" in head:
+            # The first on the path is the one that is imported.
+            found.setdefault(_canonical(head["Name"]), head["Version"])
+    return found
+
+
+def _head(distribution: metadata.Distribution) -> dict[str, str]:
+    """Name and version as the metadata says them."""
+    text = distribution.read_text("METADATA") or distribution.read_text("PKG-INFO") or ""
+    return dict(_FIELD.findall(text.partition("\n\n")[0]))
+
+
+def _canonical(name: str) -> str:
+    return name.lower().replace("_", "-").replace(".", "-")

@@ -1,0 +1,192 @@
+"""Where a batch runs: in this process, or in a runner process over a Unix-domain socket."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from time import perf_counter
+from typing import Final
+
+from parbake.errors import DeadlineExceeded, ModelFailed, ParbakeError, RowRejected
+from parbake.logs import log
+from parbake.runtime import wire
+from parbake.runtime.batcher import Outcome, Shape, runner_down
+from parbake.runtime.session import Session
+
+_RECONNECT_S: Final = 0.02
+
+
+class InlineBackend:
+    """Runs batches in the caller's process: for models that take less time than the way to another one."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self.up = True
+
+    def run(
+        self, raws: Sequence[bytes], rows: int, shapes: tuple[Shape, ...], done: Callable[[Outcome], None]
+    ) -> None:
+        """Run now, and call ``done`` before returning."""
+        started = perf_counter()
+        try:
+            out_raws, out_shapes = self._session.run_raw(raws, rows, shapes)
+        except ParbakeError as error:
+            done(Outcome(seconds=perf_counter() - started, error=error))
+            return
+        except (Exception, SystemExit) as error:
+            # As in a runner: a model may answer anything, and who waits must be told.
+            failed = ModelFailed(f"{type(error).__name__}: {error}")
+            done(Outcome(seconds=perf_counter() - started, error=failed))
+            return
+        done(Outcome(out_raws, out_shapes, perf_counter() - started))
+
+
+class RunnerBackend(asyncio.Protocol):
+    """One connection to a runner, with at most one batch in flight.
+
+    It connects again by itself whenever the runner comes back under the same path. A batch that takes longer
+    than ``wedged_s`` fails, and ``on_wedged`` is called: the supervisor ends such a runner.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        path: str,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        wedged_s: float,
+        on_wedged: Callable[[], None],
+    ) -> None:
+        self._name = name
+        self._path = path
+        self._loop = loop
+        self._wedged_s = wedged_s
+        self._on_up: Callable[[], None] = lambda: None
+        self._on_down: Callable[[], None] = lambda: None
+        self._on_wedged = on_wedged
+        self._transport: asyncio.Transport | None = None
+        self._buffer = bytearray()
+        self._done: Callable[[Outcome], None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._rows = 0
+        self._row_s = 0.0
+        """Time of one row in the slowest of the last batches."""
+        self._closed = False
+        self._next_id = 0
+        self._connecting: asyncio.Task[None] | None = None
+
+    @property
+    def up(self) -> bool:
+        """Whether the runner is connected."""
+        return self._transport is not None
+
+    def watch(self, *, on_up: Callable[[], None], on_down: Callable[[], None]) -> None:
+        """Call these whenever the runner has come, and when it has gone."""
+        self._on_up = on_up
+        self._on_down = on_down
+
+    def connect(self) -> None:
+        """Begin to connect, and go on until it works or `close` is called."""
+        # A connection may be lost before the task that made it has noticed: that task goes on by itself.
+        if self._connecting is None or self._connecting.done():
+            self._connecting = self._loop.create_task(self._connect())
+
+    async def _connect(self) -> None:
+        while not self._closed and self._transport is None:
+            try:
+                await self._loop.create_unix_connection(lambda: self, self._path)
+            except OSError:
+                # Not there yet: the supervisor is starting it.
+                await asyncio.sleep(_RECONNECT_S)
+
+    def close(self) -> None:
+        """Close for good. A batch in flight fails."""
+        self._closed = True
+        if self._transport is not None:
+            self._transport.close()
+        if self._connecting is not None:
+            self._connecting.cancel()
+
+    def run(
+        self, raws: Sequence[bytes], rows: int, shapes: tuple[Shape, ...], done: Callable[[Outcome], None]
+    ) -> None:
+        """Send a batch; ``done`` is called when the reply is here, the runner is gone, or time is up."""
+        if self._transport is None:
+            done(Outcome(error=runner_down(self._name)))
+            return
+        self._next_id += 1
+        self._done = done
+        # Many rows may take long without anything being wrong: as long as rows have taken before, with room.
+        expected_s = 4 * rows * self._row_s if self._row_s else self._wedged_s * min(rows - 1, 9)
+        allowed_s = self._wedged_s + expected_s
+        self._rows = rows
+        self._timer = self._loop.call_later(allowed_s, self._wedged, allowed_s)
+        self._transport.writelines(wire.request_frame(self._next_id, rows, raws, shapes))
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """The runner accepted."""
+        self._transport = transport  # type: ignore[assignment]  # a stream transport
+        self._buffer.clear()
+        self._on_up()
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes of a reply."""
+        frame = data
+        if self._buffer or wire.frame_length(data) != len(data):
+            self._buffer += data
+            length = wire.frame_length(self._buffer)
+            if length is None or len(self._buffer) < length:
+                return
+            frame = bytes(self._buffer)
+            self._buffer.clear()
+        request_id, status, seconds, raws, shapes = wire.read_reply(frame)
+        if request_id != self._next_id or self._done is None:
+            # A reply to nobody's question means that the two ends disagree: begin anew.
+            log().error("runner.out_of_step", deployment=self._name, reply=request_id)
+            if self._transport is not None:
+                self._transport.abort()
+            return
+        if status == wire.OK:
+            outcome = Outcome(raws, shapes, seconds)
+            self._row_s = max(seconds / self._rows, 0.9 * self._row_s)
+        elif status == wire.REJECTED:
+            outcome = Outcome(seconds=seconds, error=RowRejected(raws[0].decode()))
+        else:
+            outcome = Outcome(seconds=seconds, error=ModelFailed(raws[0].decode()))
+        self._finish(outcome)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The runner is gone."""
+        self._transport = None
+        # First the state, then the callers: whoever is told may ask again at once.
+        if not self._closed:
+            self.connect()
+        self._finish(Outcome(error=runner_down(self._name)))
+        if not self._closed:
+            self._on_down()
+
+    def _finish(self, outcome: Outcome) -> None:
+        done, self._done = self._done, None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if done is not None:
+            done(outcome)
+
+    def _wedged(self, allowed_s: float) -> None:
+        log().error("runner.wedged", deployment=self._name, after_s=round(allowed_s, 3))
+        self._timer = None
+        done, self._done = self._done, None
+        # Not up from now on: who asks next must not be sent to a process that is about to be killed.
+        transport, self._transport = self._transport, None
+        if transport is not None:
+            transport.abort()
+        self._on_wedged()
+        if done is not None:
+            done(
+                Outcome(
+                    error=DeadlineExceeded(
+                        f"model {self._name!r} did not answer within {allowed_s:.1f} s; its process is restarted"
+                    )
+                )
+            )

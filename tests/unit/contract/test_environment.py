@@ -1,0 +1,51 @@
+"""The environment lock: what differs, and what of it the bundle's own code depends on."""
+
+from __future__ import annotations
+
+import platform
+
+from msgspec.structs import replace
+
+from parbake.contract.environment import capture, differences, distributions
+from parbake.contract.model import Environment, Library
+
+HERE = Environment(
+    "3.11.7", "CPython", "Linux 6.1", "x86_64", (Library("numpy", "2.1.0"), Library("rich", "14.0"))
+)
+
+
+def test_the_lock_names_this_python_and_every_library() -> None:
+    lock = capture(("NumPy", "scikit_learn"))
+    versions = {library.name: library.version for library in lock.libraries}
+    assert lock.python == platform.python_version()
+    assert {"numpy", "onnxruntime", "msgspec"} <= set(versions)
+    assert lock.required == ("numpy", "scikit-learn")
+    assert differences(lock, capture()) == []
+
+
+def test_a_library_that_only_this_machine_has_does_not_count() -> None:
+    assert differences(HERE, replace(HERE, libraries=(*HERE.libraries, Library("torch", "2.9")))) == []
+
+
+def test_required_libraries_come_first_and_are_marked() -> None:
+    here = replace(HERE, libraries=(Library("numpy", "2.4.0"),), system="Linux 6.9")
+    found = differences(replace(HERE, required=("numpy",)), here)
+    assert [(d.name, d.packed, d.here, d.required) for d in found] == [
+        ("numpy", "2.1.0", "2.4.0", True),
+        ("rich", "14.0", "not installed", False),
+        ("system", "Linux 6.1", "Linux 6.9", False),
+    ]
+
+
+def test_another_minor_python_matters_to_own_code_only() -> None:
+    other = replace(HERE, python="3.12.0")
+    assert [d.required for d in differences(HERE, other)] == [False]
+    assert [d.required for d in differences(replace(HERE, required=("numpy",)), other)] == [True]
+    patch = replace(HERE, python="3.11.9", required=("numpy",))
+    assert [d.required for d in differences(patch, HERE)] == [False]
+
+
+def test_a_module_is_traced_to_its_distribution() -> None:
+    found = distributions()
+    assert found["google"] == "protobuf"
+    assert "json" not in found

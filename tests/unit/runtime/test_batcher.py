@@ -1,0 +1,537 @@
+"""The batcher: whoever waits goes together, and everybody gets his own rows back, whatever happens to the others."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from parbake.contract.model import Contract, Step, TensorSpec
+from parbake.errors import (
+    DeadlineExceeded,
+    ModelFailed,
+    Overloaded,
+    ParbakeError,
+    RowRejected,
+    RunnerDown,
+)
+from parbake.runtime.batcher import Batcher, Job, Outcome, Shape, runner_down
+from tests.turns import Turns
+
+BAD = 666.0
+FAR = 1e9
+
+
+def contract_of(*specs: TensorSpec) -> Contract:
+    """A contract whose outputs are its inputs."""
+    return Contract(
+        name="echo",
+        inputs=specs,
+        outputs=specs,
+        steps=(Step("onnx", "model.onnx"),),
+        purpose="test",
+        owner="test",
+    )
+
+
+MATRIX = contract_of(TensorSpec("x", "FP32", (1,)))
+MANY = contract_of(
+    TensorSpec("x", "FP32", (1,)), TensorSpec("text", "BYTES", (2,)), TensorSpec("open", "INT64", (-1,))
+)
+
+
+@dataclass(eq=False)
+class Desk:
+    """A backend that answers what it was asked, when the test says so; a row that is `BAD` fails its batch."""
+
+    error: type[ParbakeError] = RowRejected
+    up: bool = True
+    batches: list[int] = field(default_factory=list)
+    waiting: tuple[Sequence[bytes], int, tuple[Shape, ...], Callable[[Outcome], None]] | None = None
+
+    def run(
+        self, raws: Sequence[bytes], rows: int, shapes: tuple[Shape, ...], done: Callable[[Outcome], None]
+    ) -> None:
+        assert self.up, "a batch was given to a backend that is down"
+        assert self.waiting is None, "a backend was given a second batch"
+        self.batches.append(rows)
+        self.waiting = (raws, rows, shapes, done)
+
+    def finish(self) -> None:
+        """Answer."""
+        assert self.waiting is not None
+        (raws, rows, shapes, done), self.waiting = self.waiting, None
+        if BAD in struct.unpack(f"<{rows}f", raws[0]):
+            done(Outcome(error=self.error("no such row"), seconds=0.001))
+        else:
+            done(Outcome(list(raws), shapes, 0.001))
+
+    def crash(self, batcher: Batcher) -> None:
+        """Go down, with the batch in flight."""
+        self.up = False
+        if self.waiting is not None:
+            done, self.waiting = self.waiting[3], None
+            done(Outcome(error=runner_down("echo")))
+        batcher.backend_down()
+
+    def come_back(self, batcher: Batcher) -> None:
+        self.up = True
+        batcher.backend_up()
+
+
+@dataclass(eq=False)
+class Call:
+    """One caller: what was sent, and what came back."""
+
+    raws: list[bytes]
+    rows: int
+    shapes: tuple[Shape, ...]
+    bad: bool = False
+    deadline: float = FAR
+    closed: bool = False
+    results: list[Job] = field(default_factory=list)
+    refused: ParbakeError | None = None
+
+    def submit(self, batcher: Batcher) -> Call:
+        job = Job(self.raws, self.rows, self.shapes, self.deadline, self.results.append, self)
+        try:
+            batcher.submit(job)
+        except ParbakeError as error:
+            self.refused = error
+        return self
+
+    @property
+    def result(self) -> Job:
+        (job,) = self.results
+        return job
+
+    def check(self, *, may_fail: tuple[type[ParbakeError], ...] = ()) -> None:
+        """Exactly one answer: his own rows, or the error that is his."""
+        job = self.result
+        if job.error is not None:
+            assert isinstance(job.error, may_fail) or (
+                self.bad and isinstance(job.error, (RowRejected, ModelFailed))
+            )
+            return
+        assert not self.bad
+        assert list(job.out_raws) == self.raws
+        assert tuple(job.out_shapes) == self.shapes
+
+
+def row(value: float = 1.0, *, deadline: float = FAR) -> Call:
+    return Call([struct.pack("<f", value)], 1, ((1,),), value == BAD, deadline)
+
+
+def batcher_of(loop: Turns, desks: Sequence[Desk], contract: Contract = MATRIX, **options: Any) -> Batcher:
+    return Batcher(contract, desks, loop, **{"longest_s": 0.25, **options})
+
+
+texts = st.binary(max_size=6)
+
+
+@st.composite
+def calls(draw: st.DrawFn, contract: Contract) -> Call:
+    rows = draw(st.integers(1, 5))
+    bad = draw(st.integers(0, 7)) == 0
+    values = draw(st.lists(st.floats(-9, 9, width=32), min_size=rows, max_size=rows))
+    if bad:
+        values[draw(st.integers(0, rows - 1))] = BAD
+    raws, shapes = [struct.pack(f"<{rows}f", *values)], [(1,)]
+    if len(contract.inputs) > 1:
+        words = draw(st.lists(texts, min_size=2 * rows, max_size=2 * rows))
+        raws.append(b"".join(struct.pack("<I", len(word)) + word for word in words))
+        width = draw(st.sampled_from([0, 1, 3]))
+        numbers = draw(st.lists(st.integers(-9, 9), min_size=width * rows, max_size=width * rows))
+        raws.append(struct.pack(f"<{width * rows}q", *numbers))
+        shapes += [(2,), (width,)]
+    return Call(raws, rows, tuple(shapes), bad)
+
+
+@pytest.mark.parametrize("contract", [MATRIX, MANY], ids=["one matrix", "text and open shapes"])
+@given(data=st.data())
+def test_everybody_gets_exactly_his_own_rows_and_only_the_bad_one_fails(
+    contract: Contract, data: st.DataObject
+) -> None:
+    loop = Turns()
+    error = data.draw(st.sampled_from([RowRejected, ModelFailed]))
+    desks = [Desk(error) for _ in range(data.draw(st.integers(1, 3)))]
+    batcher = batcher_of(loop, desks, contract, max_batch_rows=data.draw(st.sampled_from([0, 1, 4])))
+    everybody = data.draw(st.lists(calls(contract), min_size=1, max_size=12))
+    coming = list(everybody)
+    while coming or not batcher.idle:
+        busy = [desk for desk in desks if desk.waiting]
+        actions = ["arrive"] * bool(coming) + ["turn"] * bool(loop.soon) + ["finish"] * bool(busy)
+        assert actions, "somebody waits, and nothing will ever happen"
+        match data.draw(st.sampled_from(actions)):
+            case "arrive":
+                coming.pop().submit(batcher)
+            case "turn":
+                loop.turn()
+            case "finish":
+                data.draw(st.sampled_from(busy)).finish()
+        if not loop.soon:
+            # Work-conserving: between two turns nobody waits while a backend is free.
+            assert not batcher.queued_rows or all(desk.waiting for desk in desks)
+    for call in everybody:
+        assert call.refused is None
+        call.check()
+        assert (call.result.error is not None) == call.bad
+    assert (batcher.queued_rows, batcher.running_rows) == (0, 0)
+
+
+@given(data=st.data())
+def test_with_backends_that_come_and_go_everybody_is_answered_once(data: st.DataObject) -> None:
+    loop = Turns()
+    desks = [Desk() for _ in range(data.draw(st.integers(1, 3)))]
+    batcher = batcher_of(loop, desks, MANY)
+    coming = data.draw(st.lists(calls(MANY), min_size=1, max_size=10))
+    sent: list[Call] = []
+    for _ in range(60):
+        busy = [desk for desk in desks if desk.waiting]
+        up = [desk for desk in desks if desk.up]
+        down = [desk for desk in desks if not desk.up]
+        actions = ["turn"] + ["arrive"] * bool(coming) + ["finish"] * bool(busy)
+        match data.draw(st.sampled_from([*actions, *(["crash"] * bool(up)), *(["return"] * bool(down))])):
+            case "arrive":
+                sent.append(coming.pop().submit(batcher))
+            case "turn":
+                loop.turn()
+            case "finish":
+                data.draw(st.sampled_from(busy)).finish()
+            case "crash":
+                data.draw(st.sampled_from(up)).crash(batcher)
+            case "return":
+                data.draw(st.sampled_from(down)).come_back(batcher)
+        assert batcher.down == (not any(desk.up for desk in desks))
+    for desk in desks:
+        if not desk.up:
+            desk.come_back(batcher)
+    while not batcher.idle:
+        loop.settle()
+        for desk in desks:
+            if desk.waiting:
+                desk.finish()
+    for call in sent:
+        if call.refused is not None:
+            assert isinstance(call.refused, RunnerDown)
+            assert not call.results
+        else:
+            call.check(may_fail=(RunnerDown,))
+
+
+def test_requests_of_one_turn_go_together_and_the_first_does_not_wait() -> None:
+    loop, desk = Turns(), Desk()
+    batcher = batcher_of(loop, [desk])
+    together = [row(i).submit(batcher) for i in range(3)]
+    loop.turn()
+    assert desk.batches == [3]
+    late = [row(i).submit(batcher) for i in range(4)]
+    desk.finish()
+    loop.turn()
+    assert desk.batches == [3, 4]
+    desk.finish()
+    for call in together + late:
+        call.check()
+
+
+def test_a_request_that_cannot_be_answered_in_time_is_refused_before_any_work() -> None:
+    loop, desk = Turns(), Desk()
+    batcher = batcher_of(loop, [desk])
+    batcher.cost.observe(1, 1.0)
+    first = row().submit(batcher)
+    loop.turn()
+    hopeless = row(deadline=perf_counter() + 0.5).submit(batcher)
+    assert isinstance(hopeless.refused, Overloaded)
+    assert 1.0 < hopeless.refused.retry_after_s < 3.0
+    assert "the answer would take about" in hopeless.refused.message
+    patient = row(deadline=perf_counter() + 60).submit(batcher)
+    desk.finish()
+    loop.turn()
+    desk.finish()
+    first.check()
+    patient.check()
+    assert desk.batches == [1, 1]
+
+
+def test_a_free_backend_takes_what_a_busy_one_would_keep_waiting() -> None:
+    loop, busy, free = Turns(), Desk(), Desk()
+    batcher = batcher_of(loop, [busy, free])
+    batcher.cost.observe(1, 1.0)
+    batcher.cost.observe(1000, 60.0)
+    big = Call([struct.pack("<f", 1.0) * 1000], 1000, ((1,),)).submit(batcher)
+    loop.turn()
+    quick = row(deadline=perf_counter() + 2).submit(batcher)
+    assert quick.refused is None
+    loop.turn()
+    free.finish()
+    quick.check()
+    busy.finish()
+    big.check()
+
+
+def test_with_nothing_ahead_a_request_is_always_tried() -> None:
+    # However wrong the estimate is: it could not get better otherwise.
+    loop, desk = Turns(), Desk()
+    batcher = batcher_of(loop, [desk])
+    batcher.cost.observe(1, 3600.0)
+    call = row(deadline=perf_counter() + 1).submit(batcher)
+    loop.turn()
+    desk.finish()
+    call.check()
+    assert batcher.cost.seconds(1) < 3600
+
+
+def test_the_queue_has_a_bound_and_one_large_request_still_fits() -> None:
+    loop, desk = Turns(), Desk()
+    batcher = batcher_of(loop, [desk], max_queue_rows=3)
+    running = row().submit(batcher)
+    loop.turn()
+    large = Call([struct.pack("<f", 1.0) * 5], 5, ((1,),)).submit(batcher)
+    assert large.refused is None
+    one_too_many = row().submit(batcher)
+    assert isinstance(one_too_many.refused, Overloaded)
+    assert "5 rows wait for model 'echo', the limit is 3" in one_too_many.refused.message
+    desk.finish()
+    loop.turn()
+    desk.finish()
+    running.check()
+    large.check()
+
+
+def test_no_work_is_spent_on_expired_and_departed_callers() -> None:
+    loop, desk = Turns(), Desk()
+    batcher = batcher_of(loop, [desk])
+    expired = row(deadline=perf_counter() - 1).submit(batcher)
+    departed = row()
+    departed.submit(batcher).closed = True
+    alive = row(3.0).submit(batcher)
+    loop.turn()
+    assert desk.batches == [1]
+    desk.finish()
+    alive.check()
+    assert isinstance(expired.result.error, DeadlineExceeded)
+    assert "past the deadline" in expired.result.error.message
+    assert isinstance(departed.result.error, DeadlineExceeded)
+    assert batcher.idle
+
+
+def test_a_queue_of_departed_callers_leaves_the_backend_free() -> None:
+    loop, desk = Turns(), Desk()
+    batcher = batcher_of(loop, [desk])
+    departed = row().submit(batcher)
+    departed.closed = True
+    loop.turn()
+    assert not desk.batches
+    call = row().submit(batcher)
+    loop.turn()
+    desk.finish()
+    call.check()
+
+
+def test_who_waits_behind_a_batch_that_does_not_end_is_told_when_his_deadline_has_passed() -> None:
+    loop, desk = Turns(), Desk()
+    batcher = batcher_of(loop, [desk])
+    stuck = row().submit(batcher)
+    loop.turn()
+    waiting = row(deadline=perf_counter() + 0.0005).submit(batcher)
+    patient = row().submit(batcher)
+    while perf_counter() < waiting.deadline:
+        pass
+    loop.elapse()
+    assert isinstance(waiting.result.error, DeadlineExceeded)
+    assert not patient.results
+    assert batcher.queued_rows == 1
+    desk.finish()
+    loop.turn()
+    desk.finish()
+    stuck.check()
+    patient.check()
+
+
+def test_callers_are_told_at_once_when_the_last_backend_goes() -> None:
+    loop, desk = Turns(), Desk()
+    batcher = batcher_of(loop, [desk])
+    in_flight = row().submit(batcher)
+    loop.turn()
+    waiting = row().submit(batcher)
+    desk.crash(batcher)
+    for call in (in_flight, waiting):
+        assert isinstance(call.result.error, RunnerDown)
+    refused = row().submit(batcher).refused
+    assert isinstance(refused, RunnerDown)
+    assert refused.retry_after_s == 1.0
+    desk.come_back(batcher)
+    again = row().submit(batcher)
+    loop.turn()
+    desk.finish()
+    again.check()
+
+
+def test_with_one_backend_down_the_other_goes_on() -> None:
+    loop, broken, sound = Turns(), Desk(), Desk()
+    batcher = batcher_of(loop, [broken, sound])
+    broken.crash(batcher)
+    first = row(1.0).submit(batcher)
+    loop.turn()
+    second = row(2.0).submit(batcher)
+    # Only the broken one is free now: the second has to wait, and the loop must not.
+    loop.settle()
+    sound.finish()
+    loop.settle()
+    sound.finish()
+    first.check()
+    second.check()
+    assert not broken.batches
+
+
+def test_with_a_delay_rows_wait_for_company_until_the_batch_is_full() -> None:
+    loop, desk = Turns(), Desk()
+    batcher = batcher_of(loop, [desk], delay_s=0.5, max_batch_rows=3)
+    callers = [row(i).submit(batcher) for i in range(2)]
+    loop.settle()
+    assert not desk.batches
+    callers.append(row(2).submit(batcher))
+    loop.settle()
+    assert desk.batches == [3]
+    desk.finish()
+    lonely = row(9).submit(batcher)
+    loop.settle()
+    assert desk.batches == [3]
+    loop.elapse()
+    assert desk.batches == [3, 1]
+    desk.finish()
+    for call in [*callers, lonely]:
+        call.check()
+
+
+def test_a_delay_never_takes_a_row_past_its_deadline() -> None:
+    loop, desk = Turns(), Desk()
+    batcher = batcher_of(loop, [desk], delay_s=60.0)
+    row(deadline=perf_counter() + 1).submit(batcher)
+    assert loop.later[0].delay <= 0.5
+
+
+def test_the_largest_batch_is_learned_from_measured_time() -> None:
+    loop, desk = Turns(), Desk()
+    batcher = batcher_of(loop, [desk], longest_s=0.1)
+    batcher.cost.observe(1, 0.011)
+    batcher.cost.observe(100, 1.01)
+    callers = [row(i).submit(batcher) for i in range(25)]
+    loop.turn()
+    assert desk.batches[0] in (8, 9, 10)
+    while not batcher.idle:
+        desk.finish()
+        loop.settle()
+    for call in callers:
+        call.check()
+
+
+@dataclass
+class Immediate:
+    """A backend in this process: done before `run` returns."""
+
+    up: bool = True
+
+    def run(
+        self, raws: Sequence[bytes], rows: int, shapes: tuple[Shape, ...], done: Callable[[Outcome], None]
+    ) -> None:
+        done(Outcome(list(raws), shapes, 0.001))
+
+
+def test_a_backend_in_this_process_lets_the_loop_turn_between_two_batches() -> None:
+    loop = Turns()
+    batcher = Batcher(MATRIX, [Immediate()], loop, longest_s=0.25, max_batch_rows=1)
+    callers = [row(i).submit(batcher) for i in range(3)]
+    for answered in (1, 2, 3):
+        loop.turn()
+        assert sum(len(call.results) for call in callers) == answered
+    for call in callers:
+        call.check()
+
+
+def test_a_caller_that_cannot_take_his_answer_does_no_harm_to_the_others() -> None:
+    loop, desk = Turns(), Desk()
+    batcher = batcher_of(loop, [desk])
+
+    def broken(job: Job) -> None:
+        raise OSError("no more room")
+
+    before = row(1.0).submit(batcher)
+    batcher.submit(Job([struct.pack("<f", 5.0)], 1, ((1,),), FAR, broken))
+    after = row(2.0).submit(batcher)
+    loop.turn()
+    desk.finish()
+    later = row(3.0).submit(batcher)
+    loop.turn()
+    desk.finish()
+    for call in (before, after, later):
+        call.check()
+    assert batcher.idle
+
+
+def test_a_batch_of_single_rows_may_be_taken_as_a_whole() -> None:
+    loop, desk = Turns(), Desk()
+    batcher = batcher_of(loop, [desk])
+    taken: list[tuple[list[Job], Outcome]] = []
+
+    def together(jobs: Sequence[Job], outcome: Outcome) -> None:
+        taken.append((list(jobs), outcome))
+
+    callers = [row(i) for i in range(3)]
+    jobs = [Job(c.raws, 1, c.shapes, FAR, c.results.append) for c in callers]
+    for job in jobs:
+        job.together = together
+        batcher.submit(job)
+    loop.turn()
+    desk.finish()
+    assert [job for job, _ in taken] == [jobs]
+    assert list(taken[0][1].raws) == [struct.pack("<3f", 0, 1, 2)]
+    # With somebody of another kind in the batch each is answered on his own.
+    taken.clear()
+    other = row(7.0)
+    jobs[0].queued = 0.0
+    batcher.submit(jobs[0])
+    other.submit(batcher)
+    loop.turn()
+    desk.finish()
+    assert not taken
+    other.check()
+    assert callers[0].results == [jobs[0]]
+
+
+def test_a_batch_that_cannot_be_taken_as_a_whole_fails_each_of_its_callers() -> None:
+    loop, desk = Turns(), Desk()
+    batcher = batcher_of(loop, [desk])
+
+    def together(jobs: Sequence[Job], outcome: Outcome) -> None:
+        raise ValueError("these bytes are not what the contract says")
+
+    callers = [row(i) for i in range(2)]
+    for call in callers:
+        job = Job(call.raws, 1, call.shapes, FAR, call.results.append)
+        job.together = together
+        batcher.submit(job)
+    loop.turn()
+    desk.finish()
+    for call in callers:
+        assert isinstance(call.result.error, ModelFailed)
+    assert batcher.idle
+
+
+def test_the_queue_time_and_the_model_time_are_measured() -> None:
+    loop, desk = Turns(), Desk()
+    seen: list[tuple[int, float]] = []
+    batcher = batcher_of(loop, [desk], observe=lambda rows, seconds: seen.append((rows, seconds)))
+    call = row().submit(batcher)
+    loop.turn()
+    desk.finish()
+    assert call.result.queue_s > 0
+    assert call.result.model_s == 0.001
+    assert seen == [(1, 0.001)]
+    assert batcher.cost.known
