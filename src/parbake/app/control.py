@@ -1,0 +1,258 @@
+"""What supervisor and fronts say to each other: calls with replies, as JSON lines over a socket pair."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import socket
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import msgspec
+from msgspec import Struct
+
+from parbake.app.plan import Placed, Plan
+from parbake.errors import NotReady, ParbakeError, by_code
+from parbake.logs import log
+from parbake.serving.stats import Counts
+from parbake.settings import ServerSettings
+
+_LIMIT_BYTES: Final = 64 * 1024 * 1024
+
+
+class Configure(Struct, frozen=True, tag=True):
+    """To a front: begin to listen."""
+
+    settings: ServerSettings
+    grpc_port: int | None
+    at_once: bool = True
+    """Whether to accept connections now, or with the first plan: a front that takes the place of one that died
+    would only say that it is not ready."""
+
+
+class Ping(Struct, frozen=True, tag=True):
+    """To the supervisor: answer at once, so that a front can measure what a hop costs."""
+
+
+class Prepare(Struct, frozen=True, tag=True):
+    """To a front: load what is new in this plan, change nothing yet."""
+
+    plan: Plan
+
+
+class Prepared(Struct, frozen=True, tag=True):
+    """Reply to `Prepare`."""
+
+    placed: tuple[Placed, ...] = ()
+
+
+class Commit(Struct, frozen=True, tag=True):
+    """To a front: serve the prepared plan from now on. Replied to when the old versions have drained."""
+
+    generation: int
+
+
+class Abort(Struct, frozen=True, tag=True):
+    """To a front: drop the prepared plan."""
+
+    generation: int
+
+
+class StopListening(Struct, frozen=True, tag=True):
+    """To a front: accept no more connections, another front takes in the last ones."""
+
+
+class Drain(Struct, frozen=True, tag=True):
+    """To a front: take no more, answer what was accepted, reply, end."""
+
+
+class GetCounts(Struct, frozen=True, tag=True):
+    """To a front: what has been counted."""
+
+
+class VersionCounts(Struct, frozen=True):
+    """Counts of one version."""
+
+    name: str
+    version: str
+    counts: Counts
+
+
+class AllCounts(Struct, frozen=True, tag=True):
+    """Reply to `GetCounts` and `GetStatistics`."""
+
+    versions: tuple[VersionCounts, ...]
+    connections: int = 0
+    refused: dict[str, int] = {}
+    """Requests that reached no deployment, by error code."""
+
+
+class GetMetrics(Struct, frozen=True, tag=True):
+    """To the supervisor: the page for Prometheus."""
+
+
+class Text(Struct, frozen=True, tag=True):
+    """A text."""
+
+    text: str
+
+
+class GetStatistics(Struct, frozen=True, tag=True):
+    """To the supervisor: counts over all fronts."""
+
+
+class Load(Struct, frozen=True, tag=True):
+    """To the supervisor: load a configured deployment, or load it again."""
+
+    name: str
+
+
+class Unload(Struct, frozen=True, tag=True):
+    """To the supervisor: unload a deployment."""
+
+    name: str
+
+
+class Wedged(Struct, frozen=True, tag=True):
+    """To the supervisor: a runner did not answer in time."""
+
+    socket: str
+
+
+class Done(Struct, frozen=True, tag=True):
+    """Reply to whatever has no answer of its own."""
+
+
+class Failed(Struct, frozen=True, tag=True):
+    """Reply: an error, by the code of its class."""
+
+    code: str
+    message: str
+    hint: str = ""
+    path: str = ""
+
+
+Message = (
+    Configure
+    | Ping
+    | Prepare
+    | Prepared
+    | Commit
+    | Abort
+    | Drain
+    | StopListening
+    | GetCounts
+    | AllCounts
+    | GetMetrics
+    | Text
+    | GetStatistics
+    | Load
+    | Unload
+    | Wedged
+    | Done
+    | Failed
+)
+
+
+class Envelope(Struct, frozen=True):
+    """A numbered call, or the reply to the call of that number."""
+
+    id: int
+    reply: bool
+    body: Message
+
+
+Handler = Callable[[Message], Awaitable[Message]]
+
+
+class Channel:
+    """One end of the line. Both ends may call; a call waits for its reply."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, handler: Handler) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._handler = handler
+        self._ids = itertools.count(1)
+        self._waiting: dict[int, asyncio.Future[Message]] = {}
+        self._encoder = msgspec.json.Encoder()
+        self._decoder = msgspec.json.Decoder(Envelope)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.closed = asyncio.Event()
+        self._spawn(self._read())
+
+    @classmethod
+    async def open(cls, end: socket.socket, handler: Handler) -> Channel:
+        """A channel over one end of a socket pair."""
+        end.setblocking(False)
+        reader, writer = await asyncio.open_unix_connection(sock=end, limit=_LIMIT_BYTES)
+        return cls(reader, writer, handler)
+
+    async def call(self, message: Message, timeout_s: float | None = None) -> Message:
+        """Send a call and wait for the reply. Raises what the other end raised, `NotReady` if it is gone."""
+        number = next(self._ids)
+        future: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+        if self.closed.is_set():
+            raise NotReady("the other process has ended")
+        self._waiting[number] = future
+        try:
+            self._send(Envelope(number, False, message))
+            reply = await asyncio.wait_for(future, timeout_s)
+        except TimeoutError as error:
+            raise NotReady(f"no reply to {type(message).__name__} within {timeout_s} s") from error
+        finally:
+            self._waiting.pop(number, None)
+        if isinstance(reply, Failed):
+            raise by_code(reply.code, reply.message, hint=reply.hint, path=reply.path)
+        return reply
+
+    def tell(self, message: Message) -> None:
+        """Send a call whose reply nobody waits for."""
+        if not self.closed.is_set():
+            self._send(Envelope(next(self._ids), False, message))
+
+    def close(self) -> None:
+        """Hang up."""
+        self._writer.close()
+
+    def _send(self, envelope: Envelope) -> None:
+        self._writer.write(self._encoder.encode(envelope) + b"\n")
+
+    def _spawn(self, work: Awaitable[None]) -> None:
+        task: asyncio.Task[None] = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _read(self) -> None:
+        try:
+            while line := await self._reader.readline():
+                envelope = self._decoder.decode(line)
+                if envelope.reply:
+                    future = self._waiting.get(envelope.id)
+                    if future is not None and not future.done():
+                        future.set_result(envelope.body)
+                else:
+                    self._spawn(self._answer(envelope))
+        except ConnectionError:
+            log().debug("control.reset")
+        finally:
+            self.closed.set()
+            for future in self._waiting.values():
+                if not future.done():
+                    future.set_exception(NotReady("the other process has ended"))
+
+    async def _answer(self, envelope: Envelope) -> None:
+        try:
+            body = await self._handler(envelope.body)
+        except ParbakeError as error:
+            body = failure_of(error)
+        except Exception as error:
+            # The caller waits: it gets a line, the log gets the traceback.
+            log().exception("control.failed", call=type(envelope.body).__name__)
+            body = Failed("error", f"{type(error).__name__}: {error}")
+        if not self.closed.is_set():
+            self._send(Envelope(envelope.id, True, body))
+
+
+def failure_of(error: ParbakeError) -> Failed:
+    """An error as a message."""
+    return Failed(error.code, error.message, error.hint, error.path)

@@ -1,0 +1,367 @@
+"""The state of one front process: which versions it serves, and how a new plan takes the place of the old."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import gc
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from parbake.app.control import (
+    Abort,
+    AllCounts,
+    Channel,
+    Commit,
+    Done,
+    GetCounts,
+    Message,
+    Ping,
+    Prepare,
+    Prepared,
+    VersionCounts,
+    Wedged,
+)
+from parbake.app.plan import Placed, Plan, PlanEntry
+from parbake.app.wiring import open_table, table_facts
+from parbake.contract.bundle import StoredBundle, read_bundle
+from parbake.contract.record import Records
+from parbake.errors import (
+    ModelNotFound,
+    NotReady,
+    ParbakeError,
+    RunnerDown,
+    TableForeign,
+    VersionNotFound,
+)
+from parbake.logs import log
+from parbake.runtime.backends import InlineBackend, RunnerBackend
+from parbake.runtime.batcher import Backend, Batcher
+from parbake.runtime.costs import BatchCost
+from parbake.runtime.runner import check_digest, check_environment, time_one_row
+from parbake.runtime.session import Session, check_goldens
+from parbake.serving.defaults import default_record
+from parbake.serving.service import ServedVersion
+from parbake.serving.stats import Stats
+
+_INLINE_BYTES: Final = 64 * 1024 * 1024
+"""Larger models are not copied into every front."""
+
+_INLINE_BATCH_S: Final = 0.002
+"""Longest that a batch may hold up a front's event loop."""
+
+_LONGEST_BATCH_S: Final = 0.25
+
+
+@dataclass(slots=True)
+class Slot:
+    """One plan entry, loaded."""
+
+    entry: PlanEntry
+    served: ServedVersion
+    backends: list[RunnerBackend] = field(default_factory=list)
+
+
+class Front:
+    """Holds what is served now. ``on_change`` is called after every swap, so that routes can be rebuilt."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, on_change: Callable[[], None]) -> None:
+        self._loop = loop
+        self._on_change = on_change
+        self._slots: list[Slot] = []
+        self._prepared: dict[int, list[Slot]] = {}
+        self._sessions: dict[tuple[str, str], Session] = {}
+        self._stats: dict[tuple[str, str], Stats] = {}
+        self._hop_us = 0.0
+        self._plan: Plan | None = None
+        self._pending_plan: Plan | None = None
+        self.channel: Channel | None = None
+        self.draining = False
+        self.connections: Callable[[], int] = lambda: 0
+        self.refused: dict[str, int] = {}
+
+    # What transports ask ---------------------------------------------------------------------------
+
+    @property
+    def ready(self) -> bool:
+        """Whether a plan is in force, nothing is being drained, and every version can answer."""
+        return self._plan is not None and not self.draining and all(slot.served.ready for slot in self._slots)
+
+    def versions(self) -> list[ServedVersion]:
+        """Everything served, in the plan's order."""
+        return [slot.served for slot in self._slots]
+
+    def unloaded(self) -> tuple[str, ...]:
+        """Deployments that are configured and not loaded."""
+        return self._plan.unloaded if self._plan else ()
+
+    def find(self, name: str, version: str = "") -> ServedVersion:
+        """A version, by default the last of its name. Raises `ModelNotFound`, `VersionNotFound`, `NotReady`."""
+        if self._plan is None:
+            raise NotReady("models are still being loaded", retry_after_s=1.0)
+        found = [slot.served for slot in self._slots if slot.served.name == name]
+        if not found:
+            if name in self._plan.unloaded:
+                raise NotReady(
+                    f"model {name!r} is not loaded", hint="load it, or parbake reload", retry_after_s=5.0
+                )
+            names = ", ".join(dict.fromkeys(slot.served.name for slot in self._slots)) or "none"
+            raise ModelNotFound(f"no model {name[:80]!r}", hint=f"models here: {names}")
+        if not version:
+            return found[-1]
+        for served in found:
+            if served.version == version:
+                return served
+        versions = ", ".join(served.version for served in found)
+        raise VersionNotFound(f"model {name!r} has no version {version[:80]!r}", hint=f"versions: {versions}")
+
+    # What the supervisor asks ----------------------------------------------------------------------
+
+    async def handle(self, message: Message) -> Message:
+        """Answer one call of the supervisor (`Drain` and `Configure` are the transports' business)."""
+        if isinstance(message, Prepare):
+            return Prepared(await self._prepare(message.plan))
+        if isinstance(message, Commit):
+            await self._commit(message.generation)
+            return Done()
+        if isinstance(message, Abort):
+            prepared = self._prepared.pop(message.generation, [])
+            # What is in force was not loaded for this plan, and stays.
+            self._release([slot for slot in prepared if slot not in self._slots])
+            self._sessions.clear()
+            return Done()
+        if isinstance(message, GetCounts):
+            return self._counts()
+        raise NotReady(f"a front does not answer {type(message).__name__}")
+
+    async def drain(self) -> None:
+        """Wait until nothing is pending."""
+        self.draining = True
+        while any(slot.served.pending for slot in self._slots):
+            await asyncio.sleep(0.005)
+
+    async def _prepare(self, plan: Plan) -> tuple[Placed, ...]:
+        """Load what is new. Raises `ParbakeError`, and then nothing has changed."""
+        placed: list[Placed] = []
+        slots: list[Slot] = []
+        have = {slot.entry: slot for slot in self._slots}
+        try:
+            for entry in plan.entries:
+                if entry.placement == "auto":
+                    placed.append(await self._place(entry))
+                elif entry in have:
+                    slots.append(have[entry])
+                else:
+                    slots.append(await self._load(entry))
+        except BaseException:
+            self._release([slot for slot in slots if slot.entry not in have])
+            raise
+        if not placed:
+            self._prepared[plan.generation] = slots
+            self._pending_plan = plan
+        return tuple(placed)
+
+    async def _place(self, entry: PlanEntry) -> Placed:
+        """Decide by measurement whether a model belongs into this process."""
+        bundle = read_bundle(entry.bundle, verify=False)
+        size = sum(item.bytes for item in bundle.manifest.files)
+        # Code of its own may crash, hang or hold the interpreter's lock: never where the requests come in.
+        if bundle.contract.own_code or size > _INLINE_BYTES:
+            return Placed(entry.name, entry.version, "process", 0.0, 0.0)
+        goldens = bundle.goldens()
+        if not goldens.rows:
+            return Placed(entry.name, entry.version, "process", 0.0, 0.0)
+        session = await asyncio.to_thread(self._open_session, bundle, entry)
+        row_us = await asyncio.to_thread(time_one_row, session, goldens.inputs)
+        if not self._hop_us:
+            self._hop_us = await self._measure_hop()
+        inline = row_us <= self._hop_us
+        if inline:
+            self._sessions[(entry.digest, entry.bundle)] = session
+        return Placed(entry.name, entry.version, "inline" if inline else "process", row_us, self._hop_us)
+
+    async def _measure_hop(self, calls: int = 25) -> float:
+        """Median microseconds to another process and back."""
+        if self.channel is None:
+            return 0.0
+        times: list[float] = []
+        for _ in range(calls):
+            started = time.perf_counter()
+            await self.channel.call(Ping(), 5.0)
+            times.append(time.perf_counter() - started)
+        return sorted(times)[calls // 2] * 1e6
+
+    def _open_session(self, bundle: StoredBundle, entry: PlanEntry) -> Session:
+        check_digest(bundle, entry.digest)
+        check_environment(bundle.environment, entry.allow_mismatch)
+        session = Session(bundle, threads=1, allow_pickle=entry.allow_pickle)
+        check_goldens(session, bundle)
+        return session
+
+    async def _load(self, entry: PlanEntry) -> Slot:
+        bundle = read_bundle(entry.bundle, verify=False)
+        check_digest(bundle, entry.digest)
+        contract = bundle.contract
+        default = default_record(contract, Records(contract))
+        table = (
+            open_table(Path(entry.table), bundle_digest=entry.digest, verify=False) if entry.table else None
+        )
+        if table is not None and table_facts(Path(entry.table)).digest != entry.table_digest:
+            table.close()
+            raise TableForeign(
+                f"another table has been published at {entry.table} since it was verified",
+                hint="parbake reload takes it in",
+            )
+        stats = self._stats.setdefault((entry.name, entry.version), Stats())
+        batcher: Batcher | None = None
+        runners: list[RunnerBackend] = []
+        try:
+            if entry.mode != "static":
+                backends: list[Backend] = []
+                if entry.placement == "inline":
+                    session = self._sessions.pop((entry.digest, entry.bundle), None)
+                    if session is None:
+                        session = await asyncio.to_thread(self._open_session, bundle, entry)
+                    backends.append(InlineBackend(session))
+                    longest_s = _INLINE_BATCH_S
+                else:
+                    runners = [self._connect(entry, path) for path in entry.sockets]
+                    backends.extend(runners)
+                    longest_s = min(entry.deadline_ms / 2000, _LONGEST_BATCH_S)
+                batcher = Batcher(
+                    contract,
+                    backends,
+                    self._loop,
+                    longest_s=longest_s,
+                    max_queue_rows=entry.max_queue_rows,
+                    max_batch_rows=entry.max_batch_rows,
+                    delay_s=entry.batch_delay_ms / 1000,
+                    cost=BatchCost(),
+                    observe=stats.batch,
+                )
+                await self._connected(entry, runners, batcher)
+        except BaseException:
+            for runner in runners:
+                runner.close()
+            if table is not None:
+                table.close()
+            raise
+        served = ServedVersion(
+            entry.name,
+            entry.version,
+            contract,
+            entry.digest,
+            mode=entry.mode,
+            table=table,
+            batcher=batcher,
+            deadline_s=entry.deadline_ms / 1000,
+            stats=stats,
+            default=default,
+        )
+        slot = Slot(entry, served, runners)
+        if entry.table_expires:
+            self._expire_in_time(slot)
+        return slot
+
+    def _expire_in_time(self, slot: Slot) -> None:
+        """Answer nothing from the table any more when the contract's freshness ends."""
+        remaining_s = slot.entry.table_expires - time.time()
+        if remaining_s > 0:
+            # Wall clocks jump: look again now and then, instead of once at the end.
+            self._loop.call_later(min(remaining_s, 5.0), self._expire_in_time, slot)
+            return
+        slot.served.expire()
+        log().warning("table.expired", deployment=slot.entry.name, table=slot.entry.table)
+        if slot in self._slots:
+            self._on_change()
+
+    def _connect(self, entry: PlanEntry, path: str) -> RunnerBackend:
+        return RunnerBackend(
+            entry.name,
+            path,
+            self._loop,
+            wedged_s=entry.deadline_ms / 1000 + 0.5,
+            on_wedged=lambda: self.channel.tell(Wedged(path)) if self.channel else None,
+        )
+
+    async def _connected(self, entry: PlanEntry, runners: list[RunnerBackend], batcher: Batcher) -> None:
+        """Connect to all runners, and from then on let the batcher know when they come and go."""
+        for runner in runners:
+            runner.watch(on_up=batcher.backend_up, on_down=batcher.backend_down)
+            runner.connect()
+        limit = self._loop.time() + 30
+        while not all(runner.up for runner in runners):
+            if self._loop.time() > limit:
+                raise RunnerDown(f"the process of model {entry.name!r} does not accept connections")
+            await asyncio.sleep(0.002)
+
+    async def _commit(self, generation: int) -> None:
+        """Switch, then wait until the versions that are no longer served have answered everything."""
+        slots = self._prepared.pop(generation, None)
+        if slots is None:
+            raise NotReady(f"plan {generation} was not prepared")
+        old, self._slots = self._slots, slots
+        self._plan = self._pending_plan
+        self._on_change()
+        settle_memory()
+        kept = {id(slot) for slot in slots}
+        gone = [slot for slot in old if id(slot) not in kept]
+        while any(slot.served.pending for slot in gone):
+            await asyncio.sleep(0.005)
+        del old
+        self._sessions.clear()
+        self._release(gone)
+
+    def _release(self, slots: list[Slot]) -> None:
+        for slot in slots:
+            slot.served.closed = True
+            slot.served.batcher = None
+            for backend in slot.backends:
+                backend.close()
+            if slot.served.table is not None:
+                slot.served.table.close()
+        if slots:
+            slots.clear()
+            give_memory_back()
+
+    def _counts(self) -> AllCounts:
+        now_ms = int(time.time() * 1000)
+        return AllCounts(
+            tuple(
+                VersionCounts(name, version, stats.counts(now_ms))
+                for (name, version), stats in self._stats.items()
+            ),
+            self.connections(),
+            dict(self.refused),
+        )
+
+    def refuse(self, error: ParbakeError) -> None:
+        """Count a request that reached no deployment."""
+        self.refused[error.code] = self.refused.get(error.code, 0) + 1
+
+
+def settle_memory() -> None:
+    """Tell the garbage collector that what lives now stays, and to look at the rest less often.
+
+    Requests make no reference cycles that last; looking at every loaded library again and again for them
+    costs more than the requests.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
+
+
+def give_memory_back() -> None:
+    """Collect garbage and hand freed memory back to the operating system."""
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        # musl has no such function, and gives memory back by itself.
+        if hasattr(libc, "malloc_trim"):
+            libc.malloc_trim(0)

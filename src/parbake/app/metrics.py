@@ -1,0 +1,152 @@
+"""The page for Prometheus, made by the one process that owns the node's metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from parbake.app.control import AllCounts
+from parbake.serving.stats import BATCH_BOUNDS, BOUNDS_S, STAGES, Histogram
+
+_LABELS = ("deployment", "version")
+
+
+@dataclass(frozen=True, slots=True)
+class ServerState:
+    """What the supervisor knows of itself; ``started`` is Unix time."""
+
+    started: float
+    fronts: int
+    front_restarts: int
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class VersionState:
+    """A served version."""
+
+    name: str
+    version: str
+    mode: str
+    digest: str
+    table_rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerState:
+    """The runners of a version."""
+
+    name: str
+    version: str
+    restarts: int
+    up: int
+
+
+def render(
+    server: ServerState, versions: Sequence[VersionState], runners: Sequence[RunnerState], counts: AllCounts
+) -> str:
+    """Prometheus text format."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Page(server, versions, runners, counts))
+    return generate_latest(registry).decode()
+
+
+class _Page(Collector):
+    def __init__(
+        self,
+        server: ServerState,
+        versions: Sequence[VersionState],
+        runners: Sequence[RunnerState],
+        counts: AllCounts,
+    ) -> None:
+        self._server = server
+        self._versions = versions
+        self._runners = runners
+        self._counts = counts
+
+    def collect(self) -> Iterator[Metric]:
+        yield GaugeMetricFamily("parbake_start_time_seconds", "Unix time of the start.", self._server.started)
+        yield GaugeMetricFamily("parbake_fronts", "Front processes running.", self._server.fronts)
+        yield CounterMetricFamily(
+            "parbake_front_restarts", "Front processes started again.", self._server.front_restarts
+        )
+        yield GaugeMetricFamily(
+            "parbake_plan_generation", "Changes of what is served.", self._server.generation
+        )
+        yield GaugeMetricFamily("parbake_connections", "Open HTTP connections.", self._counts.connections)
+        yield from self._of_versions()
+        yield from self._of_runners()
+        yield from self._of_requests()
+
+    def _of_versions(self) -> Iterator[Metric]:
+        info = GaugeMetricFamily(
+            "parbake_version_info", "What is served.", labels=(*_LABELS, "mode", "digest")
+        )
+        rows = GaugeMetricFamily("parbake_table_rows", "Keys in the prediction table.", labels=_LABELS)
+        for version in self._versions:
+            info.add_metric([version.name, version.version, version.mode, version.digest], 1)
+            if version.mode != "dynamic":
+                rows.add_metric([version.name, version.version], version.table_rows)
+        yield info
+        yield rows
+
+    def _of_runners(self) -> Iterator[Metric]:
+        restarts = CounterMetricFamily(
+            "parbake_runner_restarts", "Runner processes started again.", labels=_LABELS
+        )
+        up = GaugeMetricFamily("parbake_runners_up", "Runner processes running.", labels=_LABELS)
+        for runner in self._runners:
+            restarts.add_metric([runner.name, runner.version], runner.restarts)
+            up.add_metric([runner.name, runner.version], runner.up)
+        yield restarts
+        yield up
+
+    def _of_requests(self) -> Iterator[Metric]:
+        requests = CounterMetricFamily(
+            "parbake_requests",
+            "Requests by outcome; the reason is the code of the error.",
+            labels=(*_LABELS, "outcome", "reason"),
+        )
+        rows = CounterMetricFamily("parbake_rows", "Rows answered.", labels=_LABELS)
+        hits = CounterMetricFamily(
+            "parbake_table_hits", "Rows answered from the prediction table.", labels=_LABELS
+        )
+        batches = HistogramMetricFamily("parbake_batch_rows", "Rows per batch of the model.", labels=_LABELS)
+        latency = HistogramMetricFamily(
+            "parbake_request_duration_seconds",
+            "Time in the server by stage: parse, queue, model, total.",
+            labels=(*_LABELS, "stage"),
+        )
+        for code, count in sorted(self._counts.refused.items()):
+            requests.add_metric(["", "", "error", code], count)
+        for item in self._counts.versions:
+            labels = [item.name, item.version]
+            for outcome, count in sorted(item.counts.outcomes.items()):
+                failed = outcome != "ok"
+                requests.add_metric([*labels, "error" if failed else "ok", outcome if failed else ""], count)
+            rows.add_metric(labels, item.counts.rows)
+            hits.add_metric(labels, item.counts.baked_rows)
+            batches.add_metric(labels, _buckets(item.counts.batches, BATCH_BOUNDS), item.counts.batches.sum)
+            for stage in STAGES:
+                histogram = item.counts.stages[stage]
+                latency.add_metric([*labels, stage], _buckets(histogram, BOUNDS_S), histogram.sum)
+        yield requests
+        yield rows
+        yield hits
+        yield batches
+        yield latency
+
+
+def _buckets(histogram: Histogram, bounds: Sequence[float]) -> list[tuple[str, float]]:
+    """Cumulative counts, as the text format wants them."""
+    total = 0
+    buckets: list[tuple[str, float]] = []
+    for bound, count in zip((*map(float, bounds), float("inf")), histogram.counts, strict=True):
+        total += count
+        buckets.append(("+Inf" if bound == float("inf") else repr(bound), total))
+    return buckets

@@ -1,0 +1,785 @@
+"""The supervisor: starts fronts and runners, watches them, changes what is served, owns the metrics.
+
+It answers no prediction itself. A change of models or tables is a new `Plan`: verified here, prepared by every
+front beside the old one, then committed; if any part of that fails the old plan stays in force.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import sys
+import time
+from collections.abc import Awaitable, Coroutine, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, TypeVar
+
+import msgspec
+from msgspec import Struct
+
+from parbake.app.control import (
+    Abort,
+    AllCounts,
+    Channel,
+    Commit,
+    Configure,
+    Done,
+    Drain,
+    GetCounts,
+    GetMetrics,
+    GetStatistics,
+    Load,
+    Message,
+    Ping,
+    Prepare,
+    Prepared,
+    StopListening,
+    Text,
+    Unload,
+    VersionCounts,
+    Wedged,
+)
+from parbake.app.plan import Placed, Plan, PlanEntry
+from parbake.app.wiring import TableFacts, open_table, table_facts
+from parbake.contract.bundle import StoredBundle, read_bundle
+from parbake.errors import (
+    BundleError,
+    Conflict,
+    ModelNotFound,
+    NotReady,
+    SettingsError,
+    TableError,
+    TableForeign,
+)
+from parbake.logs import log
+from parbake.runtime import cpu
+from parbake.runtime.pool import Runner, RunnerPool, end_process
+from parbake.settings import DEADLINE_MS, DeploymentSettings, Settings
+
+_T = TypeVar("_T")
+
+_RESTART_S: Final = 0.2
+_LONGEST_RESTART_S: Final = 5.0
+_START_S: Final = 30.0
+_COUNTS_TIMEOUT_S: Final = 2.0
+_COUNTS_EVERY_S: Final = 5.0
+
+
+@dataclass(slots=True)
+class FrontProcess:
+    """One front: its process and the line to it."""
+
+    number: int
+    process: asyncio.subprocess.Process
+    channel: Channel
+    counts: AllCounts | None = None
+    watcher: asyncio.Task[None] | None = field(default=None, repr=False)
+
+
+@dataclass(slots=True)
+class Target:
+    """One configured version: what shall be served, and what is."""
+
+    settings: DeploymentSettings
+    bundle: str
+    table: str
+    name: str = ""
+    version: str = ""
+    loaded: bool = True
+
+
+class VersionStatus(Struct, frozen=True):
+    """One served version, for people and machines."""
+
+    name: str
+    version: str
+    mode: str
+    digest: str
+    bundle: str
+    table: str
+    table_rows: int
+    placement: str
+    row_us: float
+    hop_us: float
+    owner: str
+    purpose: str
+    runner_pids: tuple[int, ...]
+    runner_restarts: int
+
+
+class Status(Struct, frozen=True):
+    """The whole server."""
+
+    pid: int
+    generation: int
+    started: float
+    front_pids: tuple[int, ...]
+    front_restarts: int
+    spare_pid: int | None
+    unloaded: tuple[str, ...]
+    versions: tuple[VersionStatus, ...]
+
+
+class Change(Struct, frozen=True, forbid_unknown_fields=True):
+    """One thing to change when reloading: another bundle or table under a deployment."""
+
+    name: str = ""
+    bundle: str = ""
+    table: str | None = None
+
+
+class Reloaded(Struct, frozen=True):
+    """What a reload did."""
+
+    generation: int
+    changed: tuple[str, ...]
+    seconds: float
+
+
+@dataclass(slots=True)
+class Resolved:
+    """What targets come to: entries for a plan, and what status and metrics tell of them."""
+
+    entries: list[PlanEntry] = field(default_factory=list)
+    bundles: dict[tuple[str, str], StoredBundle] = field(default_factory=dict)
+    table_rows: dict[tuple[str, str], int] = field(default_factory=dict)
+
+
+class Supervisor:
+    """Runs one server until `stop`. ``folder`` is for its sockets, and is its own."""
+
+    def __init__(self, settings: Settings, folder: Path) -> None:
+        if not settings.deployments:
+            raise SettingsError(
+                "nothing to serve", hint="parbake serve BUNDLE..., or [[deployments]] in parbake.toml"
+            )
+        self.settings = settings
+        self._pool = RunnerPool(folder)
+        self._targets = [Target(d, d.bundle, d.table) for d in settings.deployments]
+        self._listener: socket.socket | None = None
+        self._grpc_reserved: socket.socket | None = None
+        self._fronts: list[FrontProcess] = []
+        self._starting: set[asyncio.subprocess.Process] = set()
+        self._front_restarts = 0
+        self._gone = AllCounts(())
+        self._plan = Plan(0)
+        self._placed: dict[tuple[str, str], Placed] = {}
+        self._bundles: dict[tuple[str, str], StoredBundle] = {}
+        self._table_rows: dict[tuple[str, str], int] = {}
+        self._runners: dict[PlanEntry, list[Runner]] = {}
+        self._lock = asyncio.Lock()
+        self._stopping = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.started = time.time()
+        self.port = 0
+        self.grpc_port: int | None = None
+
+    # Life ------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Start everything, and return when every model answers. Raises `ParbakeError`; then call `stop`."""
+        self._listener = listen(self.settings.server.host, self.settings.server.port)
+        self.port = self._listener.getsockname()[1]
+        if self.settings.server.grpc_port is not None:
+            self._grpc_reserved, self.grpc_port = reserve(
+                self.settings.server.host, self.settings.server.grpc_port
+            )
+        if any(target.settings.placement == "process" for target in self._targets):
+            self._pool.keep_spare()
+        workers = self.settings.server.workers or max(1, cpu.quota() // 2)
+        # A reload that is asked for now waits until there is something to reload.
+        async with self._lock:
+            resolving = asyncio.create_task(asyncio.to_thread(self._resolve, self._targets))
+            fronts = await asyncio.gather(
+                *(self._start_front(number) for number in range(workers)), return_exceptions=True
+            )
+            self._fronts = [front for front in fronts if isinstance(front, FrontProcess)]
+            for front in self._fronts:
+                front.watcher = asyncio.create_task(self._watch(front))
+            resolved = await resolving
+            for front_or_error in fronts:
+                if isinstance(front_or_error, BaseException):
+                    raise front_or_error
+            await self._apply(resolved)
+        self._spawn(self._poll_counts())
+
+    async def stop(self, *, drain: bool = True) -> None:
+        """Drain the fronts (answer what was accepted), then end all processes."""
+        self._stopping = True
+        for task in self._tasks:
+            task.cancel()
+        # The fronts close theirs: from then on nobody is let in whom no front would answer.
+        if self._listener is not None:
+            self._listener.close()
+        if drain:
+            timeout_s = self.settings.server.drain_timeout_s
+            # The first front accepts what still waits in the kernel, when the others do not any more.
+            await asyncio.gather(
+                *(front.channel.call(StopListening(), timeout_s) for front in self._fronts[1:]),
+                return_exceptions=True,
+            )
+            calls = (front.channel.call(Drain(), timeout_s) for front in self._fronts)
+            for result in await asyncio.gather(*calls, return_exceptions=True):
+                if isinstance(result, BaseException):
+                    log().warning("front.not_drained", error=str(result))
+        for front in self._fronts:
+            if front.watcher is not None:
+                front.watcher.cancel()
+            await end_process(front.process)
+            front.channel.close()
+        await self._pool.close()
+        if self._grpc_reserved is not None:
+            self._grpc_reserved.close()
+
+    def end_now(self) -> None:
+        """End all processes without waiting for anything."""
+        self._stopping = True
+        for process in (*(front.process for front in self._fronts), *self._starting):
+            if process.returncode is None:
+                process.kill()
+        for runner in self._pool.runners:
+            if runner.process is not None and runner.process.returncode is None:
+                runner.process.kill()
+
+    # Changes ---------------------------------------------------------------------------------------
+
+    async def reload(self, changes: Sequence[Change] = ()) -> Reloaded:
+        """Read bundles and tables again, with these changes, and serve what is new.
+
+        Where changes are given, only the deployments that they name are looked at.
+
+        Callers notice nothing: the old versions answer until the new ones are warm. Raises `ParbakeError`, and
+        then everything stays as it was.
+        """
+        async with self._lock:
+            self._refuse_if_stopping()
+            started = time.perf_counter()
+            targets = [
+                Target(t.settings, t.bundle, t.table, t.name, t.version, t.loaded) for t in self._targets
+            ]
+            old = {(e.name, e.version): e for e in self._plan.entries}
+            only = frozenset([await asyncio.to_thread(self._change, targets, change) for change in changes])
+            await self._apply(await asyncio.to_thread(self._resolve, targets, only=only), targets)
+            changed = tuple(
+                f"{e.name}:{e.version}" for e in self._plan.entries if old.get((e.name, e.version)) != e
+            )
+            seconds = time.perf_counter() - started
+            log().info(
+                "reloaded", generation=self._plan.generation, changed=list(changed), ms=round(seconds * 1000)
+            )
+            return Reloaded(self._plan.generation, changed, seconds)
+
+    async def set_loaded(self, name: str, loaded: bool) -> None:
+        """Load a configured deployment (again, if it is), or unload it; the others stay as they are.
+
+        Raises `ModelNotFound`, or what loading raises.
+        """
+        async with self._lock:
+            self._refuse_if_stopping()
+            targets = [
+                Target(t.settings, t.bundle, t.table, t.name, t.version, t.loaded) for t in self._targets
+            ]
+            mine = [target for target in targets if target.name == name]
+            if not mine:
+                raise ModelNotFound(
+                    f"no model {name[:80]!r} is configured",
+                    hint=f"configured: {', '.join(dict.fromkeys(t.name for t in targets))}",
+                )
+            for target in mine:
+                target.loaded = loaded
+            await self._apply(
+                await asyncio.to_thread(self._resolve, targets, only=frozenset([name])), targets
+            )
+            log().info("model.loaded" if loaded else "model.unloaded", deployment=name)
+
+    def _refuse_if_stopping(self) -> None:
+        if self._stopping:
+            raise NotReady("the server is stopping")
+
+    def _change(self, targets: list[Target], change: Change) -> str:
+        """Take a change into the targets, and give the name of the deployment."""
+        name = change.name
+        if not name and change.bundle:
+            name = read_bundle(change.bundle, verify=False).contract.name
+        if not name and change.table and len({t.name for t in targets}) == 1:
+            name = targets[0].name
+        mine = [target for target in targets if target.name == name]
+        if not mine:
+            raise ModelNotFound(
+                f"no deployment {name[:80]!r}",
+                hint=f"deployments: {', '.join(dict.fromkeys(t.name for t in targets))}",
+            )
+        # Of several versions the one that callers get by default changes.
+        target = mine[-1]
+        if change.bundle:
+            target.bundle = str(Path(change.bundle).resolve())
+            target.loaded = True
+        if change.table is not None:
+            target.table = str(Path(change.table).resolve()) if change.table else ""
+        return name
+
+    def _resolve(self, targets: list[Target], *, only: frozenset[str] = frozenset()) -> Resolved:
+        """Verify bundles and tables, and say what to serve. Reads files: call it in a thread.
+
+        ``only`` names the deployments to be looked at (none: all); of the others what is in force stays.
+        """
+        resolved = Resolved()
+        entries = resolved.entries
+        in_force = {(entry.name, entry.version): entry for entry in self._plan.entries}
+        numbers: dict[str, int] = {}
+        total = len(targets) or 1
+        for target in targets:
+            settings = target.settings
+            if not target.loaded:
+                numbers[target.name] = numbers.get(target.name, 0) + 1
+                continue
+            identity = (target.name, target.version)
+            if only and target.name not in only and identity in in_force:
+                numbers[target.name] = numbers.get(target.name, 0) + 1
+                entries.append(in_force[identity])
+                resolved.bundles[identity] = self._bundles[identity]
+                resolved.table_rows[identity] = self._table_rows.get(identity, 0)
+                continue
+            path = str(Path(target.bundle).resolve())
+            bundle = read_bundle(path)
+            has_pickle = any(step.kind == "pickle" for step in bundle.contract.steps)
+            if has_pickle and not self.settings.server.allow_pickle:
+                raise SettingsError(
+                    f"{path} holds a pickle, which can run any code when it is loaded",
+                    hint="--allow-pickle, if you trust whoever packed it",
+                )
+            name = settings.name or bundle.contract.name
+            numbers[name] = numbers.get(name, 0) + 1
+            if target.name and target.name != name:
+                raise Conflict(
+                    f"{path} holds model {name!r}, the deployment is {target.name!r}",
+                    hint="set name for the deployment to serve another model under it",
+                )
+            target.name = name
+            target.version = settings.version or str(numbers[name])
+            if any((e.name, e.version) == (name, target.version) for e in entries):
+                raise SettingsError(f"model {name!r} has two versions {target.version!r}")
+            mode = settings.mode or ("hybrid" if target.table else "dynamic")
+            table_digest, expires = "", 0.0
+            if mode != "dynamic":
+                if not target.table:
+                    raise SettingsError(
+                        f"mode {mode} of {name!r} needs a prediction table",
+                        hint=f"parbake bake {target.bundle} --input FILE --out TABLE, then --table TABLE",
+                    )
+                facts, rows = self._verify_table(target, bundle)
+                table_digest = facts.digest
+                if bundle.contract.freshness_s is not None:
+                    expires = facts.baked_at + bundle.contract.freshness_s
+                resolved.table_rows[(name, target.version)] = rows
+            resolved.bundles[(name, target.version)] = bundle
+            runs = settings.runners
+            entries.append(
+                PlanEntry(
+                    name=name,
+                    version=target.version,
+                    bundle=path,
+                    digest=bundle.digest,
+                    mode=mode,
+                    placement=settings.placement,
+                    deadline_ms=settings.deadline_ms or bundle.contract.deadline_ms or DEADLINE_MS,
+                    max_queue_rows=settings.max_queue_rows,
+                    max_batch_rows=settings.max_batch_rows,
+                    batch_delay_ms=settings.batch_delay_ms,
+                    table=str(Path(target.table).resolve()) if mode != "dynamic" else "",
+                    table_digest=table_digest,
+                    table_expires=expires,
+                    # Never runners x threads > cores.
+                    threads=settings.threads or max(1, cpu.quota() // (total * runs)),
+                    allow_pickle=self.settings.server.allow_pickle,
+                    allow_mismatch=self.settings.server.allow_mismatch,
+                )
+            )
+        return resolved
+
+    def _verify_table(self, target: Target, bundle: StoredBundle) -> tuple[TableFacts, int]:
+        """What tells this table from others, and the number of its keys. Raises `TableError`."""
+        path = Path(target.table)
+        try:
+            table = open_table(path, bundle_digest=bundle.digest, verify=True)
+        except TableForeign as error:
+            raise TableForeign(
+                error.message,
+                path=error.path,
+                hint=f"parbake bake {target.bundle} --input FILE --out {target.table}",
+            ) from error
+        rows = table.rows
+        table.close()
+        return table_facts(path), rows
+
+    async def _apply(self, wanted: Resolved, targets: list[Target] | None = None) -> None:
+        """Prepare a plan on every front, then commit it."""
+        generation = self._plan.generation + 1
+        started: list[Runner] = []
+        before = dict(self._runners)
+        try:
+            entries = [self._as_before(entry) for entry in wanted.entries]
+            auto = [entry for entry in entries if entry.placement == "auto" and entry.mode != "static"]
+            if auto:
+                # One front measures, and all follow.
+                reply = await self._first().channel.call(Prepare(Plan(generation, tuple(auto))))
+                if isinstance(reply, Prepared):
+                    self._placed.update({(p.name, p.version): p for p in reply.placed})
+            resolved = await _all(self._with_runners(entry, started) for entry in entries)
+            unloaded = tuple(
+                dict.fromkeys(t.name for t in targets or self._targets if not t.loaded and t.name)
+            )
+            plan = Plan(generation, tuple(resolved), unloaded)
+            await _all(front.channel.call(Prepare(plan)) for front in self._fronts)
+        except BaseException:
+            await asyncio.gather(
+                *(front.channel.call(Abort(generation)) for front in self._fronts), return_exceptions=True
+            )
+            self._runners = before
+            for runner in started:
+                await self._pool.stop(runner)
+            raise
+        self._plan = plan
+        self._bundles = wanted.bundles
+        self._table_rows = wanted.table_rows
+        if targets is not None:
+            self._targets = targets
+        # A front that dies here is started again with this plan.
+        fronts = list(self._fronts)
+        results = await asyncio.gather(
+            *(front.channel.call(Commit(generation)) for front in fronts), return_exceptions=True
+        )
+        for front, result in zip(fronts, results, strict=True):
+            if isinstance(result, BaseException):
+                log().error("front.not_committed", number=front.number, error=str(result))
+                # It must not go on with a plan that is no longer in force.
+                if front.process.returncode is None:
+                    front.process.kill()
+        needed = [runner for entry in plan.entries for runner in self._runners.get(entry, [])]
+        for entry in [entry for entry in self._runners if entry not in plan.entries]:
+            for runner in self._runners.pop(entry):
+                if not any(runner is other for other in needed):
+                    await self._pool.stop(runner)
+        if any(entry.placement == "process" and entry.mode != "static" for entry in plan.entries):
+            self._pool.keep_spare()
+        else:
+            await self._pool.drop_spare()
+
+    def _as_before(self, entry: PlanEntry) -> PlanEntry:
+        """The entry with placement and runners of the one in force, where nothing else about it differs."""
+        for now in self._plan.entries:
+            same = msgspec.structs.replace(now, placement=entry.placement, sockets=())
+            if same == entry and (entry.placement in ("auto", now.placement)):
+                return now
+        return entry
+
+    async def _with_runners(self, entry: PlanEntry, started: list[Runner]) -> PlanEntry:
+        if entry.mode == "static":
+            return msgspec.structs.replace(entry, placement="inline") if entry.placement == "auto" else entry
+        if entry.placement == "auto":
+            placed = self._placed[(entry.name, entry.version)]
+            entry = msgspec.structs.replace(entry, placement=placed.placement)
+        if entry.placement != "process" or entry.sockets:
+            return entry
+        count = next(
+            (t.settings.runners for t in self._targets if (t.name, t.version) == (entry.name, entry.version)),
+            1,
+        )
+        for now, runners in list(self._runners.items()):
+            # Another table or another way to answer from it: the processes that have the model stay.
+            if now in self._plan.entries and _runs_the_same(now, entry):
+                served = msgspec.structs.replace(entry, sockets=now.sockets)
+                self._runners[served] = runners
+                return served
+
+        async def start() -> Runner:
+            runner = await self._pool.start(
+                entry.bundle,
+                digest=entry.digest,
+                threads=entry.threads,
+                allow_pickle=entry.allow_pickle,
+                allow_mismatch=entry.allow_mismatch,
+            )
+            started.append(runner)
+            return runner
+
+        runners = await _all(start() for _ in range(count))
+        placed_entry = msgspec.structs.replace(entry, sockets=tuple(runner.socket for runner in runners))
+        self._runners[placed_entry] = runners
+        return placed_entry
+
+    # Fronts ----------------------------------------------------------------------------------------
+
+    def _first(self) -> FrontProcess:
+        if not self._fronts:
+            raise NotReady("no front process is running")
+        return self._fronts[0]
+
+    async def _start_front(self, number: int, *, at_once: bool = True) -> FrontProcess:
+        """Start a front, which accepts connections ``at_once`` or with its first plan."""
+        if self._listener is None or self._stopping:
+            raise NotReady("the server is not listening")
+        ours, theirs = socket.socketpair()
+        descriptors = (theirs.fileno(), self._listener.fileno())
+        try:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-P",
+                "-m",
+                "parbake.transports.front",
+                *map(str, descriptors),
+                pass_fds=descriptors,
+                stdin=asyncio.subprocess.DEVNULL,
+            )
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        self._starting.add(process)
+        try:
+            channel = await Channel.open(ours, self._handle)
+            await channel.call(Configure(self.settings.server, self.grpc_port, at_once), _START_S)
+        except BaseException:
+            _kill(process)
+            raise
+        finally:
+            self._starting.discard(process)
+        return FrontProcess(number, process, channel)
+
+    async def _watch(self, front: FrontProcess) -> None:
+        """Start a front again when it ends."""
+        status = await front.process.wait()
+        front.channel.close()
+        if front.counts is not None:
+            # What it counted stays counted; what it had open is closed.
+            gone = add_counts([self._gone, front.counts])
+            self._gone = msgspec.structs.replace(gone, connections=0)
+        if front in self._fronts:
+            self._fronts.remove(front)
+        if not self._stopping:
+            log().error("front.ended", number=front.number, status=status, restart_in_s=_RESTART_S)
+        delay_s = _RESTART_S
+        while not self._stopping:
+            await asyncio.sleep(delay_s)
+            replacement: FrontProcess | None = None
+            try:
+                replacement = await self._start_front(front.number, at_once=False)
+                await self._catch_up(replacement)
+                self._fronts.append(replacement)
+            except Exception as error:
+                delay_s = min(2 * delay_s, _LONGEST_RESTART_S)
+                log().error(
+                    "front.not_started", number=front.number, error=str(error), retry_in_s=round(delay_s, 1)
+                )
+                if replacement is not None:
+                    _kill(replacement.process)
+                    replacement.channel.close()
+                continue
+            self._front_restarts += 1
+            replacement.watcher = asyncio.create_task(self._watch(replacement))
+            return
+
+    async def _catch_up(self, front: FrontProcess) -> None:
+        """Have a front that was started late serve what the others serve.
+
+        A change may be under way: if it comes into force meanwhile, the front follows it.
+        """
+        while True:
+            plan = self._plan
+            if not plan.generation:
+                return
+            try:
+                await front.channel.call(Prepare(plan))
+            except (BundleError, TableError) as error:
+                # Bundle or table were replaced where they lay. Callers get 503 until a reload looks at them again.
+                names = tuple(dict.fromkeys(entry.name for entry in plan.entries))
+                log().error(
+                    "front.without_models", number=front.number, error=str(error), hint="parbake reload"
+                )
+                await front.channel.call(Prepare(Plan(plan.generation, (), (*plan.unloaded, *names))))
+            await front.channel.call(Commit(plan.generation))
+            if plan is self._plan:
+                return
+
+    async def _handle(self, message: Message) -> Message:
+        """Answer one call of a front."""
+        if isinstance(message, Ping):
+            return Done()
+        if isinstance(message, GetMetrics):
+            return Text(await self.metrics())
+        if isinstance(message, GetStatistics):
+            return await self.counts()
+        if isinstance(message, Load):
+            await self.set_loaded(message.name, loaded=True)
+            return Done()
+        if isinstance(message, Unload):
+            await self.set_loaded(message.name, loaded=False)
+            return Done()
+        if isinstance(message, Wedged):
+            self._pool.kill(message.socket)
+            return Done()
+        raise NotReady(f"the supervisor does not answer {type(message).__name__}")
+
+    # What can be asked -----------------------------------------------------------------------------
+
+    async def counts(self) -> AllCounts:
+        """Counts over all fronts, of those that ended too."""
+        fronts = list(self._fronts)
+        replies = await asyncio.gather(
+            *(front.channel.call(GetCounts(), _COUNTS_TIMEOUT_S) for front in fronts), return_exceptions=True
+        )
+        for front, reply in zip(fronts, replies, strict=True):
+            if isinstance(reply, AllCounts):
+                front.counts = reply
+        # Of the fronts that are there now: one that ended meanwhile is among those gone.
+        return add_counts([self._gone, *(front.counts for front in self._fronts if front.counts is not None)])
+
+    async def metrics(self) -> str:
+        """The page for Prometheus."""
+        # Not needed to start, and a start should be quick.
+        from parbake.app.metrics import RunnerState, ServerState, VersionState, render
+
+        counts = await self.counts()
+        versions = [
+            VersionState(
+                e.name,
+                e.version,
+                e.mode,
+                e.digest,
+                self._table_rows.get((e.name, e.version), 0) if e.mode != "dynamic" else 0,
+            )
+            for e in self._plan.entries
+        ]
+        runners = [
+            RunnerState(e.name, e.version, sum(r.restarts for r in rs), sum(r.pid is not None for r in rs))
+            for e, rs in self._runners.items()
+        ]
+        state = ServerState(self.started, len(self._fronts), self._front_restarts, self._plan.generation)
+        return render(state, versions, runners, counts)
+
+    def status(self) -> Status:
+        """What is served, and by which processes."""
+        versions: list[VersionStatus] = []
+        for entry in self._plan.entries:
+            bundle = self._bundles[(entry.name, entry.version)]
+            runners = self._runners.get(entry, [])
+            placed = self._placed.get((entry.name, entry.version))
+            loaded = [r.loaded.row_us for r in runners if r.loaded is not None]
+            versions.append(
+                VersionStatus(
+                    entry.name,
+                    entry.version,
+                    entry.mode,
+                    entry.digest,
+                    entry.bundle,
+                    entry.table,
+                    self._table_rows.get((entry.name, entry.version), 0) if entry.table else 0,
+                    entry.placement,
+                    round(placed.row_us if placed and placed.row_us else (loaded[0] if loaded else 0.0), 1),
+                    round(placed.hop_us, 1) if placed else 0.0,
+                    bundle.contract.owner,
+                    bundle.contract.purpose,
+                    tuple(r.pid for r in runners if r.pid is not None),
+                    sum(r.restarts for r in runners),
+                )
+            )
+        return Status(
+            os.getpid(),
+            self._plan.generation,
+            self.started,
+            tuple(front.process.pid for front in self._fronts),
+            self._front_restarts,
+            self._pool.spare_pid,
+            self._plan.unloaded,
+            tuple(versions),
+        )
+
+    async def _poll_counts(self) -> None:
+        """Ask now and then, so that the counts of a front that dies are not lost with it."""
+        while True:
+            await asyncio.sleep(_COUNTS_EVERY_S)
+            await self.counts()
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task: asyncio.Task[None] = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+async def _all(works: Iterable[Awaitable[_T]]) -> list[_T]:
+    """Do all of it at the same time and wait for every part; then raise what the first of them raised, if any."""
+    results = await asyncio.gather(*works, return_exceptions=True)
+    done: list[_T] = []
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+        done.append(result)
+    return done
+
+
+def _runs_the_same(now: PlanEntry, entry: PlanEntry) -> bool:
+    """Whether the processes of one entry can run the other."""
+    names = ("name", "version", "bundle", "digest", "placement", "threads", "allow_pickle", "allow_mismatch")
+    return all(getattr(now, name) == getattr(entry, name) for name in names)
+
+
+def _kill(process: asyncio.subprocess.Process) -> None:
+    if process.returncode is None:
+        process.kill()
+
+
+def add_counts(parts: Sequence[AllCounts]) -> AllCounts:
+    """The sum of several fronts' counts."""
+    merged: dict[tuple[str, str], VersionCounts] = {}
+    refused: dict[str, int] = {}
+    for part in parts:
+        for item in part.versions:
+            key = (item.name, item.version)
+            if key in merged:
+                merged[key].counts.add(item.counts)
+            else:
+                # A copy: adding must not change what a front reported.
+                merged[key] = msgspec.json.decode(msgspec.json.encode(item), type=VersionCounts)
+        for code, count in part.refused.items():
+            refused[code] = refused.get(code, 0) + count
+    return AllCounts(tuple(merged.values()), sum(part.connections for part in parts), refused)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket that all fronts share. Raises `SettingsError` where the address is taken."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(4096)
+        listener.setblocking(False)
+    except OSError as error:
+        raise SettingsError(
+            f"cannot listen on {host}:{port}: {error.strerror or error}", hint="--port 0 takes a free port"
+        ) from error
+    return listener
+
+
+def reserve(host: str, port: int) -> tuple[socket.socket, int]:
+    """Hold a port that several gRPC servers will share, without listening on it."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            # A port that may be shared would be shared with another server too: this one says if it is taken.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+        held = socket.socket(family, kind, protocol)
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        held.bind(address)
+    except OSError as error:
+        raise SettingsError(
+            f"cannot listen on {host}:{port} for gRPC: {error.strerror or error}",
+            hint="--grpc-port 0 takes a free port",
+        ) from error
+    return held, held.getsockname()[1]

@@ -1,0 +1,158 @@
+"""Click options out of the settings structs, and the options that commands have in common."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from msgspec import Struct
+
+from parbake.errors import NotFound
+from parbake.settings import Declared, declared
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+DEBUG_KEY = "parbake.debug"
+
+
+def settings_options(kind: type[Struct], *, multiple: Collection[str] = ()) -> Callable[[F], F]:
+    """A decorator that gives a command one option for each setting of a struct.
+
+    The option's value is None (or, of ``multiple``, empty) where neither flag nor environment gave one,
+    so that `given` can tell what overrides the file.
+    """
+
+    def decorate(function: F) -> F:
+        # Click shows the option that was decorated last first.
+        for setting in reversed(declared(kind)):
+            if setting.option is not None:
+                function = _option(setting, setting.field in multiple)(function)
+        return function
+
+    return decorate
+
+
+def given(kind: type[Struct], values: Mapping[str, Any]) -> dict[str, Any]:
+    """What flags and environment gave for a struct, by field."""
+    return {
+        setting.field: values[setting.field]
+        for setting in declared(kind)
+        if setting.option is not None and values.get(setting.field) is not None
+    }
+
+
+def json_option(function: F) -> F:
+    """``--json``: data for a script instead of tables for a person."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(function)
+
+
+def progress_option(function: F) -> F:
+    """``--no-progress``."""
+    return click.option(
+        "--progress/--no-progress",
+        "show_progress",
+        default=True,
+        help="Show progress on a terminal.",
+        show_default=True,
+    )(function)
+
+
+def pickle_option(function: F) -> F:
+    """``--allow-pickle``."""
+    return click.option(
+        "--allow-pickle", is_flag=True, help="Load pickles (they can run any code); only if you trust them."
+    )(function)
+
+
+class ExistingPath(click.Path):
+    """A path that must exist; where it does not, `NotFound` and its exit code say so, not a usage error."""
+
+    def __init__(self, what: str, hint: str = "") -> None:
+        super().__init__(path_type=Path)
+        self._what = what
+        self._hint = hint
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path. Raises `NotFound`."""
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        if not path.exists() and not (ctx is not None and ctx.resilient_parsing):
+            raise NotFound(f"no {self._what} at {path}", hint=self._hint)
+        return path
+
+
+def name_and_directory(table: str) -> tuple[str, str]:
+    """``NAME=DIR`` taken apart; for a plain directory the name is empty."""
+    name, separator, directory = table.partition("=")
+    return (name, directory) if separator and not Path(table).exists() else ("", table)
+
+
+BUNDLE = ExistingPath("bundle", "parbake pack MODEL --out DIR writes one")
+FILE = ExistingPath("file")
+
+
+class Command(click.Command):
+    """A subcommand: takes ``--debug`` wherever it stands."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params.append(debug_option())
+
+
+def debug_option() -> click.Option:
+    """``--debug``: the traceback of an error."""
+
+    def remember(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+        if value:
+            ctx.meta[DEBUG_KEY] = True
+
+    return click.Option(
+        ["--debug"],
+        is_flag=True,
+        is_eager=True,
+        expose_value=False,
+        callback=remember,
+        envvar="PARBAKE_DEBUG",
+        help="Show the traceback of an error.",
+    )
+
+
+def _option(setting: Declared, multiple: bool) -> Callable[[F], F]:
+    assert setting.option is not None
+    names = [setting.flag] + ([setting.option.short] if setting.option.short else [])
+    help_text = setting.option.help
+    if setting.default not in (None, "") and setting.kind is not bool:
+        shown = f"{setting.default:g}" if setting.kind is float else setting.default
+        help_text += f"  [default: {shown}]"
+    if setting.kind is bool:
+        return click.option(
+            f"{setting.flag}/--no-{setting.flag[2:]}",
+            setting.field,
+            default=None,
+            envvar=setting.variable,
+            help=help_text,
+        )
+    return click.option(
+        *names,
+        setting.field,
+        type=_type(setting),
+        default=None,
+        multiple=multiple,
+        envvar=setting.variable,
+        metavar=setting.option.metavar or None,
+        help=help_text + ("  [repeatable]" if multiple else ""),
+    )
+
+
+def _type(setting: Declared) -> click.ParamType[Any]:
+    if setting.choices:
+        return click.Choice(setting.choices)
+    if setting.kind is int:
+        low = None if setting.minimum is None else int(setting.minimum)
+        high = None if setting.maximum is None else int(setting.maximum)
+        return click.IntRange(low, high, min_open=setting.minimum_open)
+    if setting.kind is float:
+        return click.FloatRange(setting.minimum, setting.maximum, min_open=setting.minimum_open)
+    return click.STRING

@@ -1,0 +1,127 @@
+"""The admin API: status, reload, load, unload, metrics; on loopback, on a port of its own, with a token.
+
+====== ============================ =====================================================
+GET    /admin/status                what is served, by which processes
+POST   /admin/reload                ``{"changes": [{"name", "bundle", "table"}]}``, all optional
+POST   /admin/models/NAME/load      load a configured deployment (again)
+POST   /admin/models/NAME/unload    unload it
+GET    /metrics                     as on the serving port
+GET    /admin/health                no token needed
+====== ============================ =====================================================
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from dataclasses import dataclass
+
+import msgspec
+from msgspec import Struct
+
+from parbake.app.supervisor import Change, Supervisor
+from parbake.errors import NotAllowed, ParbakeError, RouteNotFound, SettingsError
+from parbake.settings import ServerSettings
+from parbake.transports.http.endpoint import fail_unexpectedly
+from parbake.transports.http.oip import decode_json
+from parbake.transports.http.protocol import JSON, Exchange, HttpProtocol, Limits, Site, allow
+
+_MAX_BODY_BYTES = 1024 * 1024
+_TICK_S = 1.0
+
+
+class ReloadRequest(Struct, frozen=True, forbid_unknown_fields=True):
+    """Body of ``POST /admin/reload``."""
+
+    changes: tuple[Change, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class AdminServer:
+    """The listening admin API."""
+
+    server: asyncio.Server
+    port: int
+    ticker: asyncio.Task[None]
+
+    def close(self) -> None:
+        """Stop listening."""
+        self.ticker.cancel()
+        self.server.close()
+
+
+async def serve_admin(supervisor: Supervisor, settings: ServerSettings) -> AdminServer:
+    """Listen on 127.0.0.1. Raises `SettingsError` where the port is taken."""
+    loop = asyncio.get_running_loop()
+    limits = Limits(_MAX_BODY_BYTES, 100, settings.request_timeout_s, settings.idle_timeout_s)
+    site = Site(_Admin(supervisor, settings.admin_token), limits, loop)
+    try:
+        server = await loop.create_server(lambda: HttpProtocol(site), "127.0.0.1", settings.admin_port)
+    except OSError as error:
+        raise SettingsError(
+            f"cannot listen on 127.0.0.1:{settings.admin_port} for the admin API: {error.strerror or error}",
+            hint="--admin-port 0 takes a free port",
+        ) from error
+
+    async def tick() -> None:
+        while True:
+            await asyncio.sleep(_TICK_S)
+            site.check_time()
+
+    return AdminServer(server, server.sockets[0].getsockname()[1], asyncio.create_task(tick()))
+
+
+class _Admin:
+    def __init__(self, supervisor: Supervisor, token: str) -> None:
+        self._supervisor = supervisor
+        self._token = token
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def __call__(self, exchange: Exchange) -> None:
+        task = asyncio.ensure_future(self._answer(exchange))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _answer(self, exchange: Exchange) -> None:
+        try:
+            payload, content_type = await self._route(exchange)
+            exchange.reply(200, payload, content_type)
+        except ParbakeError as error:
+            exchange.fail(error)
+        except Exception:
+            fail_unexpectedly(exchange)
+
+    async def _route(self, exchange: Exchange) -> tuple[bytes, bytes]:
+        path = exchange.path.decode("latin-1")
+        if path == "/admin/health":
+            return b'{"live":true}', JSON
+        self._authorize(exchange)
+        parts = path.split("/")[1:]
+        match parts:
+            case ["admin", "status"]:
+                allow(exchange, b"GET")
+                return msgspec.json.encode(self._supervisor.status()), JSON
+            case ["metrics"]:
+                allow(exchange, b"GET")
+                return (
+                    await self._supervisor.metrics()
+                ).encode(), b"text/plain; version=0.0.4; charset=utf-8"
+            case ["admin", "reload"]:
+                allow(exchange, b"POST")
+                request = ReloadRequest()
+                if exchange.body:
+                    request = decode_json(msgspec.json.Decoder(ReloadRequest), exchange.body)
+                return msgspec.json.encode(await self._supervisor.reload(request.changes)), JSON
+            case ["admin", "models", name, ("load" | "unload") as action]:
+                allow(exchange, b"POST")
+                await self._supervisor.set_loaded(name, action == "load")
+                return b"{}", JSON
+        raise RouteNotFound(f"no such URL: {path[:200]}")
+
+    def _authorize(self, exchange: Exchange) -> None:
+        word, _, given = exchange.headers.get(b"authorization", b"").decode("latin-1").partition(" ")
+        if word.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self._token.encode()):
+            raise NotAllowed(
+                "the admin API needs its token",
+                hint="send 'authorization: Bearer TOKEN'; set the token with PARBAKE_ADMIN_TOKEN",
+            )

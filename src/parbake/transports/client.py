@@ -1,0 +1,78 @@
+"""Talk to a running server's admin API, as ``parbake reload`` does."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from parbake.app.supervisor import Change, Reloaded, Status
+from parbake.errors import ParbakeError, ServerNotFound, SettingsError, by_code
+from parbake.transports import statefile
+
+_TIMEOUT_S: Final = 300.0
+
+
+def reload(
+    changes: Sequence[Change] = (), *, port: int | None = None, admin_url: str = "", token: str = ""
+) -> Reloaded:
+    """Have a server read bundles and tables again, with these changes.
+
+    The server is found by ``admin_url`` and ``token``, else by ``port``, else it is the only one on this machine.
+    Raises `ServerNotFound`, or the error for which the server refused (then nothing has changed there).
+    """
+    resolved = [
+        Change(
+            change.name,
+            str(Path(change.bundle).resolve()) if change.bundle else "",
+            str(Path(change.table).resolve()) if change.table else change.table,
+        )
+        for change in changes
+    ]
+    body = msgspec.json.encode({"changes": resolved})
+    reply = _call("POST", "/admin/reload", body, port=port, admin_url=admin_url, token=token)
+    return msgspec.json.decode(reply, type=Reloaded)
+
+
+def status(*, port: int | None = None, admin_url: str = "", token: str = "") -> Status:
+    """What a server serves. Raises `ServerNotFound`."""
+    reply = _call("GET", "/admin/status", None, port=port, admin_url=admin_url, token=token)
+    return msgspec.json.decode(reply, type=Status)
+
+
+def _call(
+    method: str, path: str, body: bytes | None, *, port: int | None, admin_url: str, token: str
+) -> bytes:
+    if not admin_url:
+        running = statefile.find(port)
+        admin_url, token = running.admin_url, token or running.token
+    if not admin_url.startswith(("http://", "https://")):
+        raise SettingsError(f"{admin_url!r} is no URL", hint="for example http://127.0.0.1:8002")
+    request = urllib.request.Request(  # noqa: S310  the scheme was checked above
+        admin_url.rstrip("/") + path, body, {"authorization": f"Bearer {token}"}, method=method
+    )
+    try:
+        # The admin API is on this machine: a proxy that the environment names has nothing to do with it.
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(request, timeout=_TIMEOUT_S) as response:
+            content: bytes = response.read()
+            return content
+    except urllib.error.HTTPError as error:
+        raise _refusal(error) from error
+    except (urllib.error.URLError, OSError) as error:
+        raise ServerNotFound(
+            f"no answer from {admin_url}: {error}", hint="is it running, and on this machine?"
+        ) from error
+
+
+def _refusal(error: urllib.error.HTTPError) -> ParbakeError:
+    try:
+        body: dict[str, Any] = json.loads(error.read())
+    except ValueError:
+        return ServerNotFound(f"the server answered {error.code}")
+    return by_code(str(body.get("code")), str(body.get("error")), hint=str(body.get("hint", "")))

@@ -1,0 +1,137 @@
+"""One version's URL for predictions: read, predict, write, count."""
+
+from __future__ import annotations
+
+from time import perf_counter
+from typing import Final, Protocol
+
+from parbake.errors import InvalidInput, MalformedBody, ParbakeError
+from parbake.serving.model import Answer
+from parbake.serving.service import ServedVersion
+from parbake.transports.failures import shown, unexpected
+from parbake.transports.http.oip import InferCall
+from parbake.transports.http.protocol import JSON, Exchange, allow, compress
+from parbake.transports.http.replies import error_reply
+
+_BINARY: Final = b"application/octet-stream"
+_COMPRESS_FROM_BYTES: Final = 1024
+
+
+class Codec(Protocol):
+    """Reads one form of request and writes the replies that belong to it."""
+
+    def read(self, body: bytes, json_bytes: int | None) -> InferCall:
+        """The call in a body. Raises `InvalidRequest`."""
+
+    def write(self, answer: Answer, call: InferCall) -> tuple[bytes, int | None]:
+        """The reply's body, and the length of its JSON part where binary data follows."""
+
+
+class PredictionEndpoint:
+    """Answers requests of one form for one served version."""
+
+    def __init__(self, served: ServedVersion, codec: Codec, max_body_bytes: int) -> None:
+        self._served = served
+        self._codec = codec
+        self._max_body_bytes = max_body_bytes
+        self._answered = served.stats.answered
+
+    def __call__(self, exchange: Exchange) -> None:
+        """Handle one request; the reply is written now or later."""
+        served = self._served
+        headers = exchange.headers
+        try:
+            if exchange.method != b"POST":
+                allow(exchange, b"POST")
+            body = exchange.body
+            if b"content-encoding" in headers:
+                body = exchange.content(self._max_body_bytes)
+            size = headers.get(b"inference-header-content-length")
+            call = self._codec.read(body, None if size is None else _whole(size))
+            parsed = perf_counter()
+            # A caller may want it sooner than the deployment promises, never later.
+            limits_s = [served.deadline_s]
+            if call.timeout_s:
+                limits_s.append(call.timeout_s)
+            if b"parbake-deadline-ms" in headers:
+                limits_s.append(_deadline_ms(headers[b"parbake-deadline-ms"]) / 1000)
+            deadline = exchange.arrived + min(limits_s)
+
+            def done(result: Answer | ParbakeError) -> None:
+                if isinstance(result, ParbakeError):
+                    self._fail(exchange, result)
+                else:
+                    self._send(exchange, call, result, parsed)
+
+            inputs = call.inputs
+            answer = served.predict(inputs.raws, inputs.rows, inputs.shapes, deadline, done, exchange)
+        except ParbakeError as error:
+            self._fail(exchange, error)
+            return
+        except Exception:
+            self._failed_unexpectedly(exchange)
+            return
+        if answer is not None:
+            self._send(exchange, call, answer, parsed)
+
+    def _send(self, exchange: Exchange, call: InferCall, answer: Answer, parsed: float) -> None:
+        try:
+            payload, json_bytes = self._codec.write(answer, call)
+        except ParbakeError as error:
+            self._fail(exchange, error)
+            return
+        except Exception:
+            self._failed_unexpectedly(exchange)
+            return
+        accepted = exchange.headers.get(b"accept-encoding")
+        if json_bytes is None and (accepted is None or len(payload) < _COMPRESS_FROM_BYTES):
+            exchange.reply_json(payload)
+        else:
+            extra: tuple[tuple[bytes, bytes], ...] = ()
+            if json_bytes is not None:
+                extra = ((b"inference-header-content-length", b"%d" % json_bytes),)
+            if accepted is not None and len(payload) >= _COMPRESS_FROM_BYTES:
+                payload, encoding = compress(payload, accepted)
+                extra += encoding
+            exchange.reply(200, payload, JSON if json_bytes is None else _BINARY, extra)
+        arrived = exchange.arrived
+        self._answered(
+            parsed - arrived,
+            answer.queue_s,
+            answer.model_s,
+            perf_counter() - arrived,
+            answer.rows,
+            answer.baked_rows,
+        )
+
+    def _failed_unexpectedly(self, exchange: Exchange) -> None:
+        self._served.stats.refused(fail_unexpectedly(exchange).code)
+
+    def _fail(self, exchange: Exchange, error: ParbakeError) -> None:
+        self._served.stats.refused(error.code)
+        error, number = shown(error, self._served.name)
+        status, payload, headers = error_reply(error, number)
+        exchange.reply(status, payload, JSON, headers)
+
+
+def fail_unexpectedly(exchange: Exchange) -> ParbakeError:
+    """A bug of ours: 500 with a number, the traceback in the log under it. Call it in an except block."""
+    error, number = unexpected(exchange.path.decode("latin-1"))
+    status, payload, headers = error_reply(error, number)
+    exchange.reply(status, payload, JSON, headers)
+    return error
+
+
+def _deadline_ms(value: bytes) -> int:
+    milliseconds = _whole(value)
+    if milliseconds == 0:
+        raise InvalidInput(
+            "a deadline of 0 ms cannot be met", path="parbake-deadline-ms", hint="send at least 1"
+        )
+    return milliseconds
+
+
+def _whole(value: bytes) -> int:
+    if not value.isdigit() or len(value) > 18:
+        raise MalformedBody(f"expected a whole number in a header, got {value[:40].decode('latin-1')!r}")
+    return int(value)

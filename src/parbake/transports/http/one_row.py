@@ -1,0 +1,199 @@
+"""The short way for what most callers send: one row of one matrix of numbers, as plain JSON.
+
+Nothing is left out on it: the body is decoded with types; name, datatype, shape and number of values are held
+against the contract; the deadline is kept; everything is counted. Whatever does not fit goes the general way,
+which answers it or says what is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from hashlib import blake2b
+from time import perf_counter
+from typing import Final, cast
+
+from parbake.contract.key import KEY_BYTES
+from parbake.errors import ParbakeError
+from parbake.logs import log
+from parbake.runtime.batcher import Job, Outcome
+from parbake.serving.model import Shape
+from parbake.serving.service import ServedVersion
+from parbake.serving.stats import FOLD_AT
+from parbake.transports.http.endpoint import PredictionEndpoint
+from parbake.transports.http.oip import InferCodec
+from parbake.transports.http.protocol import Exchange
+
+_MEMO_BODIES: Final = 8192
+_MEMO_BODY_BYTES: Final = 2048
+_MARKS: Final = 16384
+_IN_A_ROW: Final = 32
+"""Most replies that wait for the end of a turn."""
+
+
+class OneRowEndpoint(PredictionEndpoint):
+    """A `PredictionEndpoint` with the short way in front."""
+
+    def __init__(self, served: ServedVersion, codec: InferCodec, max_body_bytes: int) -> None:
+        super().__init__(served, codec, max_body_bytes)
+        self._read_row = codec.read_row
+        self._write_row = codec.write_row
+        self._write_rows = codec.write_rows
+        self._log = served.stats.log
+        self._settle = served.stats.settle
+        # Bound once: jobs are compared by it.
+        self._together = self._all_done
+        self._get = served.get
+        self._run = served.batcher.submit if served.batcher is not None and served.mode != "static" else None
+        self._replies: dict[bytes, tuple[bytes, bytes, bytes]] = {}
+        """Key, record and reply of bodies that the table answered: the same bytes have the same key."""
+        self._marks = bytearray(_MARKS)
+        """A byte of the hash of each body that was lately here."""
+        self._baked: list[tuple[Exchange, bytes, float]] = []
+        """Replies of this turn of the loop, and when their requests had been read."""
+        self._shapes = (served.contract.inputs[0].shape,)
+
+    def __call__(self, exchange: Exchange) -> None:
+        """Handle one request; the reply is written now or later."""
+        body = exchange.body
+        get = self._get
+        known = self._replies.get(body)
+        if known is not None and get is not None and exchange.head.plain and exchange.keep_alive:
+            # The table is asked every time; only reading the body and writing the reply are spared.
+            key, baked, reply = known
+            if get(key) == baked:
+                self._answer(exchange, reply, perf_counter())
+                return
+        row = self._read_row(body) if exchange.head.plain and exchange.keep_alive else None
+        if row is None:
+            super().__call__(exchange)
+            return
+        raw, request_id = row
+        parsed = perf_counter()
+        if get is not None:
+            key = blake2b(raw, digest_size=KEY_BYTES).digest()
+            record = get(key)
+            if record is not None:
+                reply = self._write_row(record, request_id)
+                self._answer(exchange, reply, parsed)
+                if not request_id and len(body) <= _MEMO_BODY_BYTES and self._seen_before(body):
+                    if len(self._replies) >= _MEMO_BODIES:
+                        self._replies.clear()
+                    self._replies[body] = (key, record, reply)
+                return
+        if self._run is None or self._served.closed:
+            super().__call__(exchange)
+            return
+        job = _Row(raw, self._shapes, exchange, self._served.deadline_s, self._done, request_id, parsed)
+        if not request_id:
+            job.together = self._together
+        try:
+            self._run(job)
+        except ParbakeError as error:
+            self._fail(exchange, error)
+
+    def _seen_before(self, body: bytes) -> bool:
+        """Whether the body was lately here already: to keep those that come only once costs more than it saves."""
+        mark = hash(body)
+        place, mark = mark % _MARKS, mark // _MARKS & 0xFF
+        if self._marks[place] == mark:
+            return True
+        self._marks[place] = mark
+        return False
+
+    def _answer(self, exchange: Exchange, reply: bytes, parsed: float) -> None:
+        """Send a reply from the table, in a row with the others of this turn of the loop.
+
+        Writes in a row find the client awake; to wake it for each of them costs more than the answers do.
+        """
+        baked = self._baked
+        baked.append((exchange, reply, parsed))
+        if len(baked) >= _IN_A_ROW or exchange.protocol.alone:
+            self._send_baked()
+        elif len(baked) == 1:
+            exchange.protocol.soon(self._send_baked)
+
+    def _send_baked(self) -> None:
+        baked, self._baked = self._baked, []
+        answered = self._log
+        for exchange, reply, parsed in baked:
+            try:
+                exchange.protocol.send(exchange, reply)
+            except Exception:
+                # The others of this turn must get theirs.
+                log().exception("reply.not_sent", deployment=self._served.name)
+                exchange.protocol.abort()
+                continue
+            arrived = exchange.arrived
+            answered += (parsed - arrived, 0.0, 0.0, perf_counter() - arrived, 1, 1)
+        if len(answered) >= FOLD_AT:
+            self._settle()
+
+    def _all_done(self, jobs: Sequence[Job], outcome: Outcome) -> None:
+        """The model has answered a batch of such rows."""
+        replies = self._write_rows(outcome.raws)
+        if replies is None:
+            raws = zip(*map(_rows_of, outcome.raws, [len(jobs)] * len(outcome.raws)), strict=True)
+            replies = [self._write_row(b"".join(row), "") for row in raws]
+        model_s = outcome.seconds
+        log = self._log
+        rows = cast("Sequence[_Row]", jobs)  # only rows have this callback
+        for job, reply in zip(rows, replies, strict=True):
+            exchange = job.exchange
+            exchange.protocol.send(exchange, reply)
+            arrived = exchange.arrived
+            log += (job.queued - arrived, job.queue_s, model_s, perf_counter() - arrived, 1, 0)
+        self._settle()
+
+    def _done(self, job: _Row) -> None:
+        """The model has answered a row, or failed on it."""
+        exchange = job.exchange
+        if job.error is not None:
+            self._fail(exchange, job.error)
+            return
+        raws = job.out_raws
+        record = raws[0] if len(raws) == 1 else b"".join(raws)
+        try:
+            reply = self._write_row(record, job.request_id)
+        except Exception:
+            self._failed_unexpectedly(exchange)
+            return
+        exchange.protocol.send(exchange, reply)
+        arrived = exchange.arrived
+        self._answered(job.queued - arrived, job.queue_s, job.model_s, perf_counter() - arrived, 1, 0)
+
+
+class _Row(Job):
+    """One row on its way through the model, and whom to answer."""
+
+    def __init__(
+        self,
+        raw: bytes,
+        shapes: tuple[Shape, ...],
+        exchange: Exchange,
+        deadline_s: float,
+        done: Callable[[_Row], None],
+        request_id: str,
+        parsed: float,
+    ) -> None:
+        # As in Job, without the call: this is made a hundred thousand times a second.
+        self.raws = (raw,)
+        self.rows = 1
+        self.shapes = shapes
+        self.deadline = exchange.arrived + deadline_s
+        self.done = done  # type: ignore[assignment]  # it is called with this very row
+        self.caller = exchange.protocol
+        self.exchange = exchange
+        self.request_id = request_id
+        self.queued = parsed
+
+
+def _rows_of(raw: bytes, rows: int) -> list[bytes]:
+    size = len(raw) // rows
+    return [raw[at : at + size] for at in range(0, rows * size, size)]
+
+
+def endpoint(served: ServedVersion, codec: InferCodec, max_body_bytes: int) -> PredictionEndpoint:
+    """The quickest endpoint that a version's contract allows."""
+    if codec.has_short_way:
+        return OneRowEndpoint(served, codec, max_body_bytes)
+    return PredictionEndpoint(served, codec, max_body_bytes)

@@ -1,0 +1,290 @@
+"""Which URL is whose: predictions by exact path, everything else by its parts."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
+from urllib.parse import unquote_to_bytes
+
+import msgspec
+from msgspec import Struct
+
+from parbake.app.control import AllCounts, Channel, GetMetrics, GetStatistics, Load, Message, Text, Unload
+from parbake.app.front import Front
+from parbake.contract.model import NAME_PATTERN
+from parbake.errors import (
+    ModelNotFound,
+    NotReady,
+    ParbakeError,
+    RouteNotFound,
+)
+from parbake.serving.service import ServedVersion
+from parbake.settings import ServerSettings
+from parbake.transports.access import Access
+from parbake.transports.http.endpoint import PredictionEndpoint, fail_unexpectedly
+from parbake.transports.http.oip import InferCodec, decode_json
+from parbake.transports.http.one_row import endpoint
+from parbake.transports.http.openapi import openapi
+from parbake.transports.http.page import page
+from parbake.transports.http.people import PeopleCodec
+from parbake.transports.http.protocol import JSON, Exchange, allow
+from parbake.transports.metadata import model_config, model_metadata, server_metadata, statistics
+from parbake.transports.parameters import refuse_overrides
+
+_HTML: Final = b"text/html; charset=utf-8"
+_TEXT: Final = b"text/plain; version=0.0.4; charset=utf-8"
+
+
+class IndexRequest(Struct, frozen=True, forbid_unknown_fields=True):
+    """Body of ``POST /v2/repository/index``."""
+
+    ready: bool = False
+
+
+class ControlRequest(Struct, frozen=True, forbid_unknown_fields=True):
+    """Body of ``POST /v2/repository/models/NAME/load`` and ``unload``."""
+
+    parameters: dict[str, Any] = {}
+
+
+class Router:
+    """Hands each request of one front to what answers it. `rebuild` follows every change of plan."""
+
+    def __init__(self, front: Front, settings: ServerSettings, access: Access) -> None:
+        self._front = front
+        self._settings = settings
+        self._access = access
+        self._exact: dict[bytes, Callable[[Exchange], None]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._fixed: dict[bytes, Callable[[Exchange], None]] = {
+            b"/v2": self._server,
+            b"/v2/": self._server,
+            b"/v2/health/live": self._live,
+            b"/v2/health/ready": self._ready,
+            b"/v2/models/stats": self._all_statistics,
+            b"/v2/repository/index": self._index,
+            b"/metrics": self._metrics,
+            b"/openapi.json": self._openapi,
+            b"/": self._page,
+            b"/docs": self._page,
+        }
+        self.rebuild()
+
+    def rebuild(self) -> None:
+        """Make the table of URLs for what is served now."""
+        exact = dict(self._fixed)
+        limit = self._settings.max_body_bytes
+        for served in self._front.versions():
+            name, version = served.name.encode(), served.version.encode()
+            infer = endpoint(served, InferCodec(served), limit)
+            people = PredictionEndpoint(served, PeopleCodec(served), limit)
+            # The last version of a name is the one without a number: later entries overwrite.
+            exact[b"/v2/models/%s/infer" % name] = infer
+            exact[b"/v2/models/%s/versions/%s/infer" % (name, version)] = infer
+            exact[b"/predict/%s" % name] = people
+            exact[b"/predict/%s/versions/%s" % (name, version)] = people
+        self._exact = exact
+
+    def __call__(self, exchange: Exchange) -> None:
+        """Answer one request, whatever happens."""
+        try:
+            handler = self._exact.get(exchange.head.path)
+            if handler is not None:
+                handler(exchange)
+            else:
+                self._by_parts(exchange)
+        except ParbakeError as error:
+            self._front.refuse(error)
+            exchange.fail(error)
+        except Exception:
+            self._front.refuse(fail_unexpectedly(exchange))
+
+    def _by_parts(self, exchange: Exchange) -> None:
+        parts = [_text(part) for part in exchange.path.split(b"/")[1:]]
+        match parts:
+            case ["v2", "models", name, *rest] if (
+                rest[-1:] == ["infer"] or not rest or rest[0] in _MODEL_PARTS
+            ):
+                self._model(exchange, name, rest)
+            case ["predict", name] | ["predict", name, "versions", _]:
+                served = self._front.find(name, parts[3] if len(parts) == 4 else "")
+                self._exact[b"/predict/%s/versions/%s" % _bytes(served)](exchange)
+            case ["v2", "repository", "models", name, ("load" | "unload") as action]:
+                allow(exchange, b"POST")
+                self._control(exchange, name, action)
+            case ["v2", "repository", _, "index"]:
+                raise RouteNotFound("this server has one repository", hint="POST /v2/repository/index")
+            case _:
+                raise _no_route(exchange)
+
+    def _model(self, exchange: Exchange, name: str, rest: list[str]) -> None:
+        version = ""
+        if rest[:1] == ["versions"] and len(rest) > 1:
+            version, rest = rest[1], rest[2:]
+        if rest == ["ready"]:
+            allow(exchange, b"GET", b"HEAD")
+            served = self._front.find(name, version)
+            if not served.ready or self._front.draining:
+                raise NotReady(f"model {name!r} is not ready")
+            exchange.reply_json(b'{"name":%s,"ready":true}' % msgspec.json.encode(name))
+            return
+        served = self._front.find(name, version)
+        if rest in ([], [""]):
+            allow(exchange, b"GET", b"HEAD")
+            versions = [other.version for other in self._front.versions() if other.name == name]
+            exchange.reply_json(msgspec.json.encode(model_metadata(served, versions)))
+        elif rest == ["config"]:
+            allow(exchange, b"GET", b"HEAD")
+            exchange.reply_json(msgspec.json.encode(model_config(served)))
+        elif rest == ["stats"]:
+            allow(exchange, b"GET", b"HEAD")
+            self._later(exchange, lambda: self._statistics(name, version))
+        elif rest == ["infer"]:
+            # A URL that was written with escapes.
+            self._exact[b"/v2/models/%s/versions/%s/infer" % _bytes(served)](exchange)
+        else:
+            raise _no_route(exchange)
+
+    # Server ----------------------------------------------------------------------------------------
+
+    def _server(self, exchange: Exchange) -> None:
+        allow(exchange, b"GET", b"HEAD")
+        exchange.reply_json(msgspec.json.encode(server_metadata()))
+
+    def _live(self, exchange: Exchange) -> None:
+        allow(exchange, b"GET", b"HEAD")
+        exchange.reply_json(b'{"live":true}')
+
+    def _ready(self, exchange: Exchange) -> None:
+        allow(exchange, b"GET", b"HEAD")
+        if self._front.ready:
+            exchange.reply_json(b'{"ready":true}')
+            return
+        waiting = [served.name for served in self._front.versions() if not served.ready]
+        why = "draining" if self._front.draining else f"waiting for {', '.join(waiting) or 'models to load'}"
+        exchange.fail(NotReady(f"not ready: {why}"))
+
+    def _metrics(self, exchange: Exchange) -> None:
+        allow(exchange, b"GET", b"HEAD")
+
+        async def page_() -> tuple[bytes, bytes]:
+            reply = await self._ask(GetMetrics())
+            return (reply.text if isinstance(reply, Text) else "").encode(), _TEXT
+
+        self._later(exchange, page_)
+
+    def _all_statistics(self, exchange: Exchange) -> None:
+        allow(exchange, b"GET", b"HEAD")
+        self._later(exchange, lambda: self._statistics("", ""))
+
+    async def _statistics(self, name: str, version: str) -> tuple[bytes, bytes]:
+        return msgspec.json.encode(await self.statistics(name, version)), JSON
+
+    async def statistics(self, name: str, version: str) -> dict[str, Any]:
+        """The statistics extension's view of one model or, without a name, of all."""
+        reply = await self._ask(GetStatistics())
+        counts = reply if isinstance(reply, AllCounts) else AllCounts(())
+        served = [s for s in self._front.versions() if name in ("", s.name) and version in ("", s.version)]
+        return statistics(served, counts)
+
+    # People ----------------------------------------------------------------------------------------
+
+    def _openapi(self, exchange: Exchange) -> None:
+        allow(exchange, b"GET", b"HEAD")
+        exchange.reply_json(openapi(self._front.versions()))
+
+    def _page(self, exchange: Exchange) -> None:
+        allow(exchange, b"GET", b"HEAD")
+        headers = (
+            (
+                b"content-security-policy",
+                b"default-src 'self' 'unsafe-inline'; img-src data:; frame-ancestors 'none'",
+            ),
+            (b"x-content-type-options", b"nosniff"),
+        )
+        exchange.reply(200, page(), _HTML, headers)
+
+    # Model repository extension --------------------------------------------------------------------
+
+    def _index(self, exchange: Exchange) -> None:
+        allow(exchange, b"POST", b"GET")
+        ready_only = False
+        if body := exchange.content(self._settings.max_body_bytes):
+            ready_only = decode_json(msgspec.json.Decoder(IndexRequest), body).ready
+        exchange.reply_json(msgspec.json.encode(self.repository_index(ready_only)))
+
+    def repository_index(self, ready_only: bool) -> list[dict[str, str]]:
+        """Every version with its state, as the model repository extension has it."""
+        found: list[dict[str, str]] = []
+        for served in self._front.versions():
+            state = "READY" if served.ready else "UNAVAILABLE"
+            reason = "" if served.ready else "its process is being started again"
+            found.append({"name": served.name, "version": served.version, "state": state, "reason": reason})
+        for name in self._front.unloaded():
+            found.append({"name": name, "version": "", "state": "UNAVAILABLE", "reason": "unloaded"})
+        return [item for item in found if not ready_only or item["state"] == "READY"]
+
+    def _control(self, exchange: Exchange, name: str, action: str) -> None:
+        self._access.check(
+            exchange.peer,
+            exchange.headers.get(b"authorization", b"").decode("latin-1"),
+            browser=b"origin" in exchange.headers or b"sec-fetch-site" in exchange.headers,
+            forwarded=any(
+                header in exchange.headers for header in (b"forwarded", b"x-forwarded-for", b"via")
+            ),
+        )
+        if body := exchange.content(self._settings.max_body_bytes):
+            refuse_overrides(decode_json(msgspec.json.Decoder(ControlRequest), body).parameters)
+
+        async def change() -> tuple[bytes, bytes]:
+            await self.change(name, action)
+            return b"{}", JSON
+
+        self._later(exchange, change)
+
+    async def change(self, name: str, action: str) -> None:
+        """Have the supervisor ``load`` or ``unload`` a deployment, in all fronts. Raises `ParbakeError`."""
+        if not NAME_PATTERN.match(name):
+            raise ModelNotFound(f"no model {name[:80]!r} is configured")
+        await self._ask(Load(name) if action == "load" else Unload(name))
+
+    # Later -----------------------------------------------------------------------------------------
+
+    async def _ask(self, message: Message) -> Message:
+        channel: Channel | None = self._front.channel
+        if channel is None:
+            raise NotReady("the supervisor is not there")
+        return await channel.call(message, 120.0)
+
+    def _later(self, exchange: Exchange, work: Callable[[], Awaitable[tuple[bytes, bytes]]]) -> None:
+        async def answer() -> None:
+            try:
+                payload, content_type = await work()
+                exchange.reply(200, payload, content_type)
+            except ParbakeError as error:
+                self._front.refuse(error)
+                exchange.fail(error)
+            except Exception:
+                self._front.refuse(fail_unexpectedly(exchange))
+
+        task = asyncio.ensure_future(answer())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+_MODEL_PARTS: Final = frozenset({"", "versions", "ready", "config", "stats"})
+
+
+def _no_route(exchange: Exchange) -> RouteNotFound:
+    return RouteNotFound(
+        f"no such URL: {exchange.path[:200].decode('latin-1')}", hint="GET / shows what there is to ask"
+    )
+
+
+def _bytes(served: ServedVersion) -> tuple[bytes, bytes]:
+    return served.name.encode(), served.version.encode()
+
+
+def _text(part: bytes) -> str:
+    return unquote_to_bytes(part).decode("utf-8", errors="replace")

@@ -1,0 +1,100 @@
+"""A model that never comes back is found by its deadline, ended, and started again; nobody else waits for it."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+from parbake.testing import serving
+from parbake.transports import client
+from tests.functions import write_function, write_scaled
+from tests.traffic import Call, Noted, answer, bake_rows, calling, infer, is_there, once, rows, wait_for
+
+SLEEPS = """
+import time
+
+def predict(x):
+    while (x == 666).any():
+        time.sleep(1)
+    return x * 2
+"""
+STUCK = (666.0, 1.0)
+WEDGED = "/v2/models/wedged/infer"
+
+
+def test_a_wedged_runner_is_found_by_its_deadline_and_started_again(tmp_path: Path) -> None:
+    wedged = write_function(tmp_path, SLEEPS, name="wedged")
+    table = bake_rows(wedged, [(1.0, 2.0)], tmp_path / "wedged.table")
+    sound = write_scaled(tmp_path / "sound.bundle", 3, name="sound")
+    got: list[Noted] = []
+    with (
+        serving(
+            wedged.path,
+            sound.path,
+            "--table",
+            f"wedged={table}",
+            placement="process",
+            deadline_ms=500,
+            workers=1,
+        ) as server,
+        calling(server.url, rows("sound", (1.0, 2.0)), rows("wedged", (1.0, 2.0))) as (other, baked),
+    ):
+        versions = {v.name: v for v in client.status(port=server.port).versions}
+        (pid,) = versions["wedged"].runner_pids
+
+        def ask(row: tuple[float, float]) -> threading.Thread:
+            thread = threading.Thread(target=lambda: got.append(once(server.url, WEDGED, infer(row))))
+            thread.start()
+            return thread
+
+        threads = [ask(STUCK)]
+        wait_for(lambda: busy(server.url, WEDGED))
+        threads += [ask((8.0, 9.0)), ask((7.0, 7.0))]
+        for thread in threads:
+            thread.join(60)
+        wait_for(lambda: not is_there(pid))
+        with Call(server.url) as call:
+            wait_for(lambda: call(WEDGED, infer((8, 9))).status == 200)
+            assert answer(call(WEDGED, infer((8, 9)))) == [16.0, 18.0]
+        versions = {v.name: v for v in client.status(port=server.port).versions}
+        assert versions["wedged"].runner_restarts == 1
+        assert versions["sound"].runner_restarts == 0
+        other.wait(5)
+        baked.wait(5)
+        log = server.log()
+    assert "runner.wedged" in log
+    assert "runner.killed" in log
+    # Whoever was in the batch, or behind it, is told, and by its name.
+    assert len(got) == 3
+    stuck = next(
+        noted for noted in got if noted.status == 504 and "did not answer within" in noted.json()["error"]
+    )
+    assert stuck.json()["code"] == "deadline_exceeded"
+    for noted in got:
+        assert noted.status in (503, 504), noted
+        assert int(noted.headers["retry-after"]) >= 1
+    for caller, factor in ((other, 3), (baked, 2)):
+        assert {tuple(answer(noted)) for noted in caller.noted} == {(1.0 * factor, 2.0 * factor)}
+
+
+def test_who_waits_behind_a_long_batch_is_answered_by_his_own_deadline(tmp_path: Path) -> None:
+    slow = write_function(
+        tmp_path,
+        "import time\ndef predict(x):\n    time.sleep(3 * float(x.max() == 666))\n    return x * 2\n",
+    )
+    path = "/v2/models/function/infer"
+    with serving(slow.path, workers=1) as server, Call(server.url) as first, Call(server.url) as second:
+        thread = threading.Thread(target=lambda: first(path, infer(STUCK)))
+        thread.start()
+        wait_for(lambda: busy(server.url, path))
+        noted = second(path, infer((1, 2)), {"parbake-deadline-ms": "300"})
+        # The batch before it goes on for seconds.
+        assert thread.is_alive()
+        assert (noted.status, noted.json()["code"]) == (504, "deadline_exceeded")
+        thread.join(60)
+        assert answer(second(path, infer((1, 2)))) == [2.0, 4.0]
+
+
+def busy(url: str, path: str) -> bool:
+    """Whether a row that comes now has to wait."""
+    return once(url, path, infer((1, 2.5)), parbake_deadline_ms="100").status == 504
