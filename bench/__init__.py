@@ -1,0 +1,1 @@
+"""Measure parbake's speed and size on this machine: ``python -m bench --help``."""

@@ -1,0 +1,90 @@
+"""``python -m bench [http|cold-start|size|bake]... [--quick]``: all of them without a name."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from bench import bench_bake, cold_start, http, size
+from bench.clients import client
+from bench.report import ORDER, Section, keep, show
+from parbake.cli.output import emit, say, stages
+
+DOCS: Final = Path(__file__).parents[1] / "docs"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print, write; gives the exit status, which says nothing about targets: machines are noisy."""
+    options = _options().parse_args(arguments)
+    started = time.perf_counter()
+    written = options.out or (None if options.quick else DOCS)
+    missed = 0
+    for key in options.what or ORDER:
+        with tempfile.TemporaryDirectory(prefix="parbake-bench-") as folder:
+            found = _measure(key, Path(folder), options)
+        show(found)
+        if written is not None:
+            keep(found, written)
+        missed += sum(not target.met for target in found.targets)
+        sys.stdout.flush()
+    emit()
+    verdict = f"{missed} targets missed" if missed else "all targets met"
+    emit(f"{verdict}; took {time.perf_counter() - started:.0f} s")
+    if written is None:
+        say("nothing was written: --quick is too short to tell anything")
+    else:
+        say(f"written: {written}/benchmarks.md and benchmarks.json")
+    return 0
+
+
+def _options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description="Measure speed and size on this machine."
+    )
+    parser.add_argument(
+        "what", nargs="*", choices=[*ORDER, []], help="what to measure  [default: everything]"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="see that it runs: far too short to tell anything"
+    )
+    parser.add_argument(
+        "--client", choices=["auto", "wrk", "own"], default="auto", help="what puts the load on"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="rounds over HTTP  [default: 5]")
+    parser.add_argument(
+        "--seconds", type=float, default=1.0, help="of one measurement over HTTP  [default: 1]"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="folder to write to  [default: docs; --quick: nothing is written]"
+    )
+    return parser
+
+
+def _measure(key: str, folder: Path, options: argparse.Namespace) -> Section:
+    quick: bool = options.quick
+    with stages(key) as stage:
+        if key == "http":
+            return http.run(
+                client("own" if quick and options.client == "auto" else options.client),
+                folder,
+                rounds=1 if quick else options.rounds,
+                seconds=0.2 if quick else options.seconds,
+                quick=quick,
+                say=stage,
+            )
+        if key == "cold-start":
+            return cold_start.run(folder, starts=1 if quick else 5, say=stage)
+        if key == "size":
+            return size.run(folder, install=not quick, say=stage)
+        return bench_bake.run(
+            folder, rows=20_000 if quick else bench_bake.ROWS, rounds=1 if quick else 5, say=stage
+        )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
