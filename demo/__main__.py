@@ -246,12 +246,12 @@ def _show(rows: list[Row], baked: int) -> None:
 
 def _stay(server: Server, folder: Path) -> None:
     """Go on serving until Ctrl-C."""
-    emit()
-    emit(f"Try it:  {server.url}/")
-    emit(f"         curl -s {server.url}/predict/digits-hybrid -d @{folder / 'digit.json'}")
-    emit("It serves until Ctrl-C.")
-    sys.stdout.flush()
     try:
+        emit()
+        emit(f"Try it:  {server.url}/")
+        emit(f"         curl -s {server.url}/predict/digits-hybrid -d @{folder / 'digit.json'}")
+        emit("It serves until Ctrl-C.")
+        sys.stdout.flush()
         status = server.process.wait()
     except KeyboardInterrupt:
         # A terminal sends Ctrl-C to the server as well, which then answers what it has accepted.
