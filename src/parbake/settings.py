@@ -20,6 +20,7 @@ from parbake.errors import SettingsError
 from parbake.names import Name
 
 Mode = Literal["dynamic", "static", "hybrid"]
+WantedMode = Literal["dynamic", "static", "hybrid", "auto"]
 Placement = Literal["auto", "inline", "process"]
 
 CONFIG_FILE: Final = "parbake.toml"
@@ -136,7 +137,11 @@ class DeploymentSettings(Struct, frozen=True, forbid_unknown_fields=True):
     name: Name | None = None
     version: Name | None = None
     mode: Annotated[
-        Mode | None, Option("How to answer; without it hybrid where a table is given, else dynamic.")
+        WantedMode | None,
+        Option(
+            "How to answer; without it hybrid where a table is given, else dynamic. auto follows the advisor, "
+            "while it serves."
+        ),
     ] = None
     table: Annotated[str, Option("Prediction table for static and hybrid.", "DIR")] = ""
     deadline_ms: Annotated[
@@ -161,6 +166,22 @@ class DeploymentSettings(Struct, frozen=True, forbid_unknown_fields=True):
     batch_delay_ms: Annotated[
         float, Option("Time to wait for company; 0 never waits.", "MS"), msgspec.Meta(ge=0)
     ] = 0.0
+    head_rows: Annotated[
+        int,
+        Option(
+            "Most predictions that hybrid mode keeps by itself in each front, beside the table; 0 learns nothing.",
+            "N",
+        ),
+        msgspec.Meta(ge=0),
+    ] = 100_000
+    head_bytes: Annotated[
+        int, Option("Most memory for them in each front.", "BYTES"), msgspec.Meta(ge=0)
+    ] = 256 * 1024 * 1024
+    warm_s: Annotated[
+        float,
+        Option("Longest that a new version is baked for the current head before it takes traffic.", "SECONDS"),
+        msgspec.Meta(ge=0),
+    ] = 60.0
 
 
 class Settings(Struct, frozen=True, forbid_unknown_fields=True):

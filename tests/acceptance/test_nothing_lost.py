@@ -79,7 +79,7 @@ def test_a_killed_runner_stops_nobody_else(pack: Pack, parbake: Parbake) -> None
     # Given two models in processes of their own, one with a table
     first, second = pack("first", 2, "first.bundle"), pack("second", 3, "second.bundle")
     table = bake(parbake, first, "first.table")
-    with serving(first, second, placement="process", table=f"first={table}") as server:
+    with serving(first, second, placement="process", table=f"first={table}", head_rows=0) as server:
         other = Caller(server.port, "/predict/second", UNBAKED)
         baked = Caller(server.port, "/predict/first", BAKED)
         tail = Caller(server.port, "/predict/first", UNBAKED)
@@ -114,7 +114,7 @@ def test_a_new_bundle_and_a_new_table_go_under_a_running_server_unnoticed(
     # Given a server with a table, under load on rows that are baked and rows that are not
     old, new = pack("eta", 2, "old.bundle"), pack("eta", 5, "new.bundle")
     table, newer = bake(parbake, old, "old.table"), bake(parbake, new, "new.table")
-    with serving(old, table=table, placement="process") as server:
+    with serving(old, table=table, placement="process", head_rows=0) as server:
         callers = [Caller(server.port, "/predict/eta", rows) for rows in (BAKED, UNBAKED)]
         with calling(*callers):
             # When the table alone does not fit the new bundle, it is refused and nothing changes

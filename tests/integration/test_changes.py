@@ -329,6 +329,6 @@ def test_settings_that_do_not_fit_are_refused_at_the_start(tmp_path: Path) -> No
     bundle = write_scaled(tmp_path / "scaled.bundle", 2)
     with (
         pytest.raises(ServerNotFound, match="mode hybrid of 'scaled' needs a prediction table"),
-        serving(bundle.path, mode="hybrid"),
+        serving(bundle.path, mode="hybrid", head_rows=0),
     ):
         pass

@@ -32,7 +32,7 @@ def test_a_killed_runner_does_not_stop_baked_answers_nor_other_models(tmp_path: 
     table = bake_rows(killed, BAKED, tmp_path / "killed.table")
     with (
         serving(
-            sound.path, killed.path, "--table", f"killed={table}", placement="process", workers=1
+            sound.path, killed.path, "--table", f"killed={table}", placement="process", workers=1, head_rows=0
         ) as server,
         calling(
             server.url,

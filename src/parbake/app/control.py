@@ -70,12 +70,37 @@ class GetCounts(Struct, frozen=True, tag=True):
     """To a front: what has been counted."""
 
 
+class HeadCounts(Struct, frozen=True):
+    """The learned head of one version."""
+
+    rows: int = 0
+    bytes: int = 0
+    stored: int = 0
+    evicted: int = 0
+    refused: int = 0
+    """Answers that were not kept."""
+    expired: int = 0
+    warmed: int = 0
+    """Rows baked for which nobody waited."""
+    joined: int = 0
+    """Rows answered with the answer to an identical one."""
+
+    def plus(self, other: HeadCounts) -> HeadCounts:
+        """The sum of both."""
+        return HeadCounts(*(getattr(self, name) + getattr(other, name) for name in self.__struct_fields__))
+
+    def without_process(self) -> HeadCounts:
+        """What remains when the process is gone that had the head in its memory."""
+        return msgspec.structs.replace(self, rows=0, bytes=0)
+
+
 class VersionCounts(Struct, frozen=True):
     """Counts of one version."""
 
     name: str
     version: str
     counts: Counts
+    head: HeadCounts | None = None
 
 
 class AllCounts(Struct, frozen=True, tag=True):

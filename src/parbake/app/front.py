@@ -19,6 +19,7 @@ from parbake.app.control import (
     Commit,
     Done,
     GetCounts,
+    HeadCounts,
     Message,
     Ping,
     Prepare,
@@ -45,8 +46,10 @@ from parbake.runtime.costs import BatchCost
 from parbake.runtime.runner import check_digest, check_environment, time_one_row
 from parbake.runtime.session import Session, check_goldens
 from parbake.serving.defaults import default_record
+from parbake.serving.head import Head
 from parbake.serving.service import ServedVersion
 from parbake.serving.stats import Stats
+from parbake.serving.warm import Warmer, succeed
 
 _INLINE_BYTES: Final = 64 * 1024 * 1024
 """Larger models are not copied into every front."""
@@ -56,6 +59,12 @@ _INLINE_BATCH_S: Final = 0.002
 
 _LONGEST_BATCH_S: Final = 0.25
 
+_TEND_S: Final = 0.5
+"""How often the learned heads are looked after."""
+
+_FRESHNESS_MARGIN: Final = 0.1
+"""Part of the freshness at whose end a record counts as stale already: nobody looks at the clock for each request."""
+
 
 @dataclass(slots=True)
 class Slot:
@@ -64,6 +73,7 @@ class Slot:
     entry: PlanEntry
     served: ServedVersion
     backends: list[RunnerBackend] = field(default_factory=list)
+    warmer: Warmer | None = None
 
 
 class Front:
@@ -83,6 +93,7 @@ class Front:
         self.draining = False
         self.connections: Callable[[], int] = lambda: 0
         self.refused: dict[str, int] = {}
+        self._tending: asyncio.Task[None] | None = None
 
     # What transports ask ---------------------------------------------------------------------------
 
@@ -157,6 +168,7 @@ class Front:
                     slots.append(have[entry])
                 else:
                     slots.append(await self._load(entry))
+                    await self._warm(slots[-1])
         except BaseException:
             self._release([slot for slot in slots if slot.entry not in have])
             raise
@@ -250,6 +262,7 @@ class Front:
             if table is not None:
                 table.close()
             raise
+        head = self._head(entry, contract.freshness_s) if batcher is not None else None
         served = ServedVersion(
             entry.name,
             entry.version,
@@ -261,11 +274,63 @@ class Front:
             deadline_s=entry.deadline_ms / 1000,
             stats=stats,
             default=default,
+            head=head,
         )
         slot = Slot(entry, served, runners)
+        if head is not None and batcher is not None:
+            slot.warmer = Warmer(served, head, batcher)
         if entry.table_expires:
             self._expire_in_time(slot)
         return slot
+
+    def _head(self, entry: PlanEntry, freshness_s: float | None) -> Head | None:
+        """What a version learns to keep baked, in hybrid mode."""
+        if entry.mode != "hybrid" or not entry.head_rows or not entry.head_bytes:
+            return None
+        return Head(
+            most_rows=entry.head_rows,
+            most_bytes=entry.head_bytes,
+            clock=time.monotonic,
+            freshness_s=None if freshness_s is None else freshness_s * (1 - _FRESHNESS_MARGIN),
+        )
+
+    async def _warm(self, slot: Slot) -> None:
+        """A release never starts cold: bake the head of the version that is being replaced."""
+        entry = slot.entry
+        before = [old for old in self._slots if old.entry.name == entry.name]
+        same = [old for old in before if old.entry.version == entry.version]
+        if slot.warmer is None or not before:
+            return
+        started = time.monotonic()
+        items = succeed(slot.served, (same or before)[-1].served)
+        if not items:
+            return
+        done = await slot.warmer.before_traffic(items, entry.warm_s)
+        log().info(
+            "head.warmed" if done else "head.partly_warmed",
+            deployment=entry.name,
+            version=entry.version,
+            rows=slot.warmer.baked,
+            of=len(items),
+            ms=round((time.monotonic() - started) * 1000),
+        )
+
+    async def _tend(self) -> None:
+        """Drop from the heads what is not fresh any more, and bake in idle moments what soon would not be."""
+        while True:
+            fresh = [slot.served.contract.freshness_s or 60.0 for slot in self._slots if slot.warmer]
+            await asyncio.sleep(min(_TEND_S, _FRESHNESS_MARGIN / 2 * min(fresh, default=60.0)))
+            for slot in list(self._slots):
+                head, warmer = slot.served.head, slot.warmer
+                if head is None or warmer is None or slot.served.closed:
+                    continue
+                try:
+                    head.expire()
+                    freshness_s = slot.served.contract.freshness_s
+                    within_s = 0.0 if freshness_s is None else freshness_s / 5
+                    await warmer.when_idle(_TEND_S / 2, within_s)
+                except Exception:
+                    log().exception("head.not_tended", deployment=slot.entry.name)
 
     def _expire_in_time(self, slot: Slot) -> None:
         """Answer nothing from the table any more when the contract's freshness ends."""
@@ -307,6 +372,8 @@ class Front:
         old, self._slots = self._slots, slots
         self._plan = self._pending_plan
         self._on_change()
+        if self._tending is None:
+            self._tending = self._loop.create_task(self._tend())
         settle_memory()
         kept = {id(slot) for slot in slots}
         gone = [slot for slot in old if id(slot) not in kept]
@@ -330,9 +397,10 @@ class Front:
 
     def _counts(self) -> AllCounts:
         now_ms = int(time.time() * 1000)
+        heads = {(slot.entry.name, slot.entry.version): head_counts(slot) for slot in self._slots}
         return AllCounts(
             tuple(
-                VersionCounts(name, version, stats.counts(now_ms))
+                VersionCounts(name, version, stats.counts(now_ms), heads.get((name, version)))
                 for (name, version), stats in self._stats.items()
             ),
             self.connections(),
@@ -342,6 +410,23 @@ class Front:
     def refuse(self, error: ParbakeError) -> None:
         """Count a request that reached no deployment."""
         self.refused[error.code] = self.refused.get(error.code, 0) + 1
+
+
+def head_counts(slot: Slot) -> HeadCounts | None:
+    """What a version's head holds and did; None where nothing is learned."""
+    head, flights = slot.served.head, slot.served.flights
+    if head is None:
+        return None
+    return HeadCounts(
+        head.rows,
+        head.bytes,
+        head.stored,
+        head.evicted,
+        head.refused,
+        head.expired,
+        slot.warmer.baked if slot.warmer is not None else 0,
+        flights.joined if flights is not None else 0,
+    )
 
 
 def settle_memory() -> None:

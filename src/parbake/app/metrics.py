@@ -80,6 +80,7 @@ class _Page(Collector):
         )
         yield GaugeMetricFamily("parbake_connections", "Open HTTP connections.", self._counts.connections)
         yield from self._of_versions()
+        yield from self._of_heads()
         yield from self._of_runners()
         yield from self._of_requests()
 
@@ -94,6 +95,31 @@ class _Page(Collector):
                 rows.add_metric([version.name, version.version], version.table_rows)
         yield info
         yield rows
+
+    def _of_heads(self) -> Iterator[Metric]:
+        rows = GaugeMetricFamily("parbake_head_rows", "Predictions in the learned head.", labels=_LABELS)
+        size = GaugeMetricFamily("parbake_head_bytes", "Memory of the learned head.", labels=_LABELS)
+        changes = CounterMetricFamily(
+            "parbake_head_changes",
+            "Predictions stored in the learned head, evicted, refused, expired, or baked ahead (warmed).",
+            labels=(*_LABELS, "change"),
+        )
+        joined = CounterMetricFamily(
+            "parbake_joined_rows", "Rows answered together with an identical one under way.", labels=_LABELS
+        )
+        for item in self._counts.versions:
+            if item.head is None:
+                continue
+            labels = [item.name, item.version]
+            rows.add_metric(labels, item.head.rows)
+            size.add_metric(labels, item.head.bytes)
+            joined.add_metric(labels, item.head.joined)
+            for change in ("stored", "evicted", "refused", "expired", "warmed"):
+                changes.add_metric([*labels, change], getattr(item.head, change))
+        yield rows
+        yield size
+        yield changes
+        yield joined
 
     def _of_runners(self) -> Iterator[Metric]:
         restarts = CounterMetricFamily(
@@ -114,7 +140,9 @@ class _Page(Collector):
         )
         rows = CounterMetricFamily("parbake_rows", "Rows answered.", labels=_LABELS)
         hits = CounterMetricFamily(
-            "parbake_table_hits", "Rows answered from the prediction table.", labels=_LABELS
+            "parbake_table_hits",
+            "Rows answered from the prediction table or the learned head.",
+            labels=_LABELS,
         )
         batches = HistogramMetricFamily("parbake_batch_rows", "Rows per batch of the model.", labels=_LABELS)
         latency = HistogramMetricFamily(

@@ -32,6 +32,10 @@ class PlanEntry(Struct, frozen=True):
     threads: int = 1
     allow_pickle: bool = False
     allow_mismatch: bool = False
+    head_rows: int = 0
+    """Budget of the learned head, in each front."""
+    head_bytes: int = 0
+    warm_s: float = 0.0
 
 
 class Plan(Struct, frozen=True):

@@ -12,7 +12,7 @@ import socket
 import sys
 import time
 from collections.abc import Awaitable, Coroutine, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -30,6 +30,7 @@ from parbake.app.control import (
     GetCounts,
     GetMetrics,
     GetStatistics,
+    HeadCounts,
     Load,
     Message,
     Ping,
@@ -56,7 +57,7 @@ from parbake.errors import (
 from parbake.logs import log
 from parbake.runtime import cpu
 from parbake.runtime.pool import Runner, RunnerPool, end_process
-from parbake.settings import DEADLINE_MS, DeploymentSettings, Settings
+from parbake.settings import DEADLINE_MS, DeploymentSettings, Mode, Settings, WantedMode
 
 _T = TypeVar("_T")
 
@@ -88,6 +89,10 @@ class Target:
     name: str = ""
     version: str = ""
     loaded: bool = True
+    mode: Mode | None = None
+    """How to answer; None takes hybrid where there is a table, else dynamic."""
+    auto: bool = False
+    """Whether the mode follows the advisor."""
 
 
 class VersionStatus(Struct, frozen=True):
@@ -107,6 +112,10 @@ class VersionStatus(Struct, frozen=True):
     purpose: str
     runner_pids: tuple[int, ...]
     runner_restarts: int
+    auto: bool = False
+    """Whether the mode follows the advisor."""
+    why: str = ""
+    """Why the mode was changed last, where the advisor did it."""
 
 
 class Status(Struct, frozen=True):
@@ -128,6 +137,7 @@ class Change(Struct, frozen=True, forbid_unknown_fields=True):
     name: str = ""
     bundle: str = ""
     table: str | None = None
+    mode: WantedMode | None = None
 
 
 class Reloaded(Struct, frozen=True):
@@ -157,13 +167,14 @@ class Supervisor:
             )
         self.settings = settings
         self._pool = RunnerPool(folder)
-        self._targets = [Target(d, d.bundle, d.table) for d in settings.deployments]
+        self._targets = [_target(d) for d in settings.deployments]
         self._listener: socket.socket | None = None
         self._grpc_reserved: socket.socket | None = None
         self._fronts: list[FrontProcess] = []
         self._starting: set[asyncio.subprocess.Process] = set()
         self._front_restarts = 0
         self._gone = AllCounts(())
+        self._why: dict[str, str] = {}
         self._plan = Plan(0)
         self._placed: dict[tuple[str, str], Placed] = {}
         self._bundles: dict[tuple[str, str], StoredBundle] = {}
@@ -256,9 +267,7 @@ class Supervisor:
         async with self._lock:
             self._refuse_if_stopping()
             started = time.perf_counter()
-            targets = [
-                Target(t.settings, t.bundle, t.table, t.name, t.version, t.loaded) for t in self._targets
-            ]
+            targets = [replace(target) for target in self._targets]
             old = {(e.name, e.version): e for e in self._plan.entries}
             only = frozenset([await asyncio.to_thread(self._change, targets, change) for change in changes])
             await self._apply(await asyncio.to_thread(self._resolve, targets, only=only), targets)
@@ -278,9 +287,7 @@ class Supervisor:
         """
         async with self._lock:
             self._refuse_if_stopping()
-            targets = [
-                Target(t.settings, t.bundle, t.table, t.name, t.version, t.loaded) for t in self._targets
-            ]
+            targets = [replace(target) for target in self._targets]
             mine = [target for target in targets if target.name == name]
             if not mine:
                 raise ModelNotFound(
@@ -318,6 +325,12 @@ class Supervisor:
             target.loaded = True
         if change.table is not None:
             target.table = str(Path(change.table).resolve()) if change.table else ""
+        if change.mode is not None:
+            target.auto = change.mode == "auto"
+            if change.mode != "auto":
+                target.mode = change.mode
+            elif target.mode is None:
+                target.mode = "hybrid"
         return name
 
     def _resolve(self, targets: list[Target], *, only: frozenset[str] = frozenset()) -> Resolved:
@@ -361,9 +374,14 @@ class Supervisor:
             target.version = settings.version or str(numbers[name])
             if any((e.name, e.version) == (name, target.version) for e in entries):
                 raise SettingsError(f"model {name!r} has two versions {target.version!r}")
-            mode = settings.mode or ("hybrid" if target.table else "dynamic")
+            mode = target.mode or ("hybrid" if target.table else "dynamic")
             table_digest, expires = "", 0.0
-            if mode != "dynamic":
+            if mode == "hybrid" and not target.table and not settings.head_rows:
+                raise SettingsError(
+                    f"mode hybrid of {name!r} needs a prediction table or a head that learns",
+                    hint="--table TABLE, or head_rows above 0",
+                )
+            if mode == "static" or (mode == "hybrid" and target.table):
                 if not target.table:
                     raise SettingsError(
                         f"mode {mode} of {name!r} needs a prediction table",
@@ -388,13 +406,16 @@ class Supervisor:
                     max_queue_rows=settings.max_queue_rows,
                     max_batch_rows=settings.max_batch_rows,
                     batch_delay_ms=settings.batch_delay_ms,
-                    table=str(Path(target.table).resolve()) if mode != "dynamic" else "",
+                    table=str(Path(target.table).resolve()) if mode != "dynamic" and target.table else "",
                     table_digest=table_digest,
                     table_expires=expires,
                     # Never runners x threads > cores.
                     threads=settings.threads or max(1, cpu.quota() // (total * runs)),
                     allow_pickle=self.settings.server.allow_pickle,
                     allow_mismatch=self.settings.server.allow_mismatch,
+                    head_rows=settings.head_rows if mode == "hybrid" else 0,
+                    head_bytes=settings.head_bytes if mode == "hybrid" else 0,
+                    warm_s=settings.warm_s if mode == "hybrid" else 0.0,
                 )
             )
         return resolved
@@ -556,7 +577,11 @@ class Supervisor:
         if front.counts is not None:
             # What it counted stays counted; what it had open is closed.
             gone = add_counts([self._gone, front.counts])
-            self._gone = msgspec.structs.replace(gone, connections=0)
+            versions = tuple(
+                msgspec.structs.replace(v, head=v.head.without_process()) if v.head is not None else v
+                for v in gone.versions
+            )
+            self._gone = msgspec.structs.replace(gone, versions=versions, connections=0)
         if front in self._fronts:
             self._fronts.remove(front)
         if not self._stopping:
@@ -684,6 +709,8 @@ class Supervisor:
                     bundle.contract.purpose,
                     tuple(r.pid for r in runners if r.pid is not None),
                     sum(r.restarts for r in runners),
+                    self._is_auto(entry),
+                    self._why.get(entry.name, ""),
                 )
             )
         return Status(
@@ -696,6 +723,9 @@ class Supervisor:
             self._plan.unloaded,
             tuple(versions),
         )
+
+    def _is_auto(self, entry: PlanEntry) -> bool:
+        return any(t.auto for t in self._targets if (t.name, t.version) == (entry.name, entry.version))
 
     async def _poll_counts(self) -> None:
         """Ask now and then, so that the counts of a front that dies are not lost with it."""
@@ -720,6 +750,13 @@ async def _all(works: Iterable[Awaitable[_T]]) -> list[_T]:
     return done
 
 
+def _target(settings: DeploymentSettings) -> Target:
+    auto = settings.mode == "auto"
+    # Learning costs little and is what there is to decide by: auto begins with it.
+    mode: Mode | None = "hybrid" if settings.mode == "auto" else settings.mode
+    return Target(settings, settings.bundle, settings.table, mode=mode, auto=auto)
+
+
 def _runs_the_same(now: PlanEntry, entry: PlanEntry) -> bool:
     """Whether the processes of one entry can run the other."""
     names = ("name", "version", "bundle", "digest", "placement", "threads", "allow_pickle", "allow_mismatch")
@@ -740,6 +777,9 @@ def add_counts(parts: Sequence[AllCounts]) -> AllCounts:
             key = (item.name, item.version)
             if key in merged:
                 merged[key].counts.add(item.counts)
+                if item.head is not None:
+                    mine = merged[key].head or HeadCounts()
+                    merged[key] = msgspec.structs.replace(merged[key], head=mine.plus(item.head))
             else:
                 # A copy: adding must not change what a front reported.
                 merged[key] = msgspec.json.decode(msgspec.json.encode(item), type=VersionCounts)

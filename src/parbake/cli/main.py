@@ -23,6 +23,8 @@ COMMANDS: Final = {
     "bake": ("parbake.cli.bake", "Compute the predictions of many rows into a prediction table."),
     "serve": ("parbake.cli.serve", "Serve bundles over HTTP and gRPC."),
     "reload": ("parbake.cli.reload", "Put a new bundle or table under a running server."),
+    "mode": ("parbake.cli.mode", "Change how a deployment answers, while it serves."),
+    "advise": ("parbake.cli.advise", "Say which way of serving is right, and what each would cost."),
     "completion": (
         "parbake.cli.completion",
         "Print the script that completes parbake's commands in a shell.",

@@ -37,13 +37,13 @@ class Keys:
     """Computes the keys of a request's rows.
 
     ``inputs`` are the positions (in the contract) of the inputs that a key needs: all of them for a row
-    key, those that hold the declared columns for an entity key.
+    key, those that hold the declared columns for an entity key. ``whole_row`` makes row keys of any contract.
     """
 
-    def __init__(self, contract: Contract) -> None:
+    def __init__(self, contract: Contract, *, whole_row: bool = False) -> None:
         self._specs = contract.inputs
         self._parts: list[tuple[int, TensorSpec, tuple[slice, ...] | None]] = []
-        if contract.key.columns:
+        if contract.key.columns and not whole_row:
             for column in contract.key.columns:
                 self._parts.append(_locate(contract, column))
         else:

@@ -52,6 +52,10 @@ class Job:
     model_s = 0.0
     together: Callable[[Sequence[Job], Outcome], None] | None = None
     """Takes a whole batch whose jobs are all of one row and have this very function, in place of ``done``."""
+    key = b""
+    """Key of the row, where others may wait for the same answer."""
+    joined = False
+    """Whether it was answered with the answer of another."""
 
     def __init__(
         self,

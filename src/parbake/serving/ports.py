@@ -1,7 +1,8 @@
-"""What serving needs from outside: a prediction table to look rows up in."""
+"""What serving needs from outside: a prediction table to look rows up in, and somebody who takes notes."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 
@@ -21,3 +22,23 @@ class PredictionTable(Protocol):
 
     def close(self) -> None:
         """Release the mapping; `get` must not be called afterwards."""
+
+
+class Recorder(Protocol):
+    """Takes a note of each answered row (the prediction log, the profile of the traffic). Never waits, never raises."""
+
+    @property
+    def wants_inputs(self) -> bool:
+        """Whether the rows themselves are wanted."""
+
+    @property
+    def wants_outputs(self) -> bool:
+        """Whether the answers are wanted."""
+
+    def note(
+        self, key: bytes, where: int, seconds: float, raws: Sequence[bytes] | None, record: bytes | None
+    ) -> None:
+        """A row was answered: ``where`` is a code of `parbake.contract.where`, ``seconds`` the time in the server."""
+
+    def refused(self, code: str, seconds: float, key: bytes = b"") -> None:
+        """A request was answered with an error."""

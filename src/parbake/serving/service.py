@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
+from time import perf_counter
 from typing import Literal
 
 from parbake.contract.key import Keys
@@ -11,10 +12,14 @@ from parbake.contract.model import Contract
 from parbake.contract.record import Records
 from parbake.contract.rounding import round_inputs
 from parbake.contract.tensors import from_raw, row_slices, to_raw
+from parbake.contract.where import DEFAULT, HEAD, JOINED, MODEL, TABLE
 from parbake.errors import KeyNotBaked, ModelFailed, NotReady, ParbakeError
+from parbake.logs import log
 from parbake.runtime.batcher import Batcher, Caller, Job
+from parbake.serving.flights import Flights
+from parbake.serving.head import Get, Head, Row
 from parbake.serving.model import Answer, Shape
-from parbake.serving.ports import PredictionTable
+from parbake.serving.ports import PredictionTable, Recorder
 from parbake.serving.stats import Stats
 
 Mode = Literal["dynamic", "static", "hybrid"]
@@ -24,7 +29,8 @@ Done = Callable[[Answer | ParbakeError], None]
 class ServedVersion:
     """One version of a deployment, as one front serves it.
 
-    ``default`` is the record that static mode answers for keys that were never baked.
+    ``default`` is the record that static mode answers for keys that were never baked. ``head`` is what hybrid mode
+    learns to keep baked; ``recorder`` takes a note of each row.
     """
 
     def __init__(
@@ -40,6 +46,8 @@ class ServedVersion:
         deadline_s: float,
         stats: Stats,
         default: bytes | None = None,
+        head: Head | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         self.name = name
         self.version = version
@@ -53,21 +61,43 @@ class ServedVersion:
         self.closed = False
         self.expired = False
         self._default = default
-        self._keys = Keys(contract)
-        self._records = Records(contract)
-        self.get: Callable[[bytes], bytes | None] | None = (
-            table.get if table is not None and mode != "dynamic" else None
+        self.head = head
+        self.recorder = recorder
+        self.keys = Keys(contract)
+        self.records = Records(contract)
+        self._row_keys = Keys(contract, whole_row=True) if contract.key.columns and head is not None else None
+        """What the learned head goes by where the contract's key is an entity: an answer that was computed for
+        one row is no other's, as long as features may have changed in between."""
+        self._table_get: Get | None = table.get if table is not None and mode != "dynamic" else None
+        self.get: Get | None = self._table_get
+        """Looks a key up in table and head; None in dynamic mode."""
+        if head is not None:
+            if self._row_keys is None:
+                head.below = self._table_get
+            self.get = head.get
+        self.flights: Flights | None = (
+            Flights(batcher.submit) if head is not None and batcher is not None else None
         )
-        """Looks a key up in the table; None in dynamic mode."""
+        """Where identical rows under way are kept, to compute them once."""
         self._shapes = tuple(spec.shape for spec in contract.inputs)
         # Static mode needs only what makes the key.
-        self.needed = self._keys.inputs if mode == "static" else tuple(range(len(contract.inputs)))
+        self.needed = self.keys.inputs if mode == "static" else tuple(range(len(contract.inputs)))
 
     def expire(self) -> None:
         """From now on nothing in the table is fresh enough: hybrid mode asks the model, static mode knows no key."""
         self.expired = True
-        if self.get is not None:
+        if self._table_get is not None:
+            self._table_get = _nothing
+        if self.head is not None:
+            self.head.below = None
+        elif self.get is not None:
             self.get = _nothing
+
+    def refused(self, code: str, arrived: float) -> None:
+        """Count a request that came at ``arrived`` and was answered with an error."""
+        self.stats.refused(code)
+        if self.recorder is not None:
+            self.recorder.refused(code, perf_counter() - arrived)
 
     @property
     def pending(self) -> bool:
@@ -89,64 +119,103 @@ class ServedVersion:
         deadline: float,
         done: Done,
         caller: Caller | None = None,
+        arrived: float = 0.0,
     ) -> Answer | None:
         """Answer ``rows`` rows. ``raws`` are each input's raw bytes in the contract's order, already validated.
 
-        ``shapes`` are the row shapes (None: as the contract fixes them); ``deadline`` is on the clock of
-        `time.perf_counter`. Where no model is needed the answer comes back at once; else None does, and
-        ``done`` is called later with the answer or an error. No work is done for a ``caller``
-        that has gone. Raises `ParbakeError` for what is refused now.
+        ``shapes`` are the row shapes (None: as the contract fixes them); ``deadline`` and ``arrived`` (when the
+        request came; 0 for now) are on the clock of `time.perf_counter`. Where no model is needed the answer comes
+        back at once; else None does, and ``done`` is called later with the answer or an error. No work is done for
+        a ``caller`` that has gone. Raises `ParbakeError` for what is refused now.
         """
         if self.closed:
             raise NotReady(f"model {self.name!r} version {self.version} was unloaded", retry_after_s=1.0)
         if self.contract.key.rounding:
             raws = self._rounded(raws, rows, shapes)
-        get = self.get
+        if self.get is None and self.recorder is None:
+            self._submit(raws, rows, shapes, deadline, done, caller)
+            return None
+        request = _Request(raws, rows, shapes or self._shapes, arrived or perf_counter())
+        keys = request.keys = self.keys.of(raws, rows, shapes)
+        get, table_get = self.get, self._table_get
         if get is None:
-            self._submit(raws, rows, shapes, deadline, done, caller)
+            request.where = [MODEL] * rows
+            self._submit(raws, rows, shapes, deadline, self._noting(request, done), caller)
             return None
-        keys = self._keys.of(raws, rows, shapes)
-        if rows == 1:
-            record = get(keys[0])
-            if record is not None:
-                out_raws, out_shapes = self._records.split(record)
-                return Answer(out_raws, out_shapes, 1, 1)
-            if self.mode == "static":
-                out_raws, out_shapes = self._records.split(self._unknown(keys[0], 0))
-                return Answer(out_raws, out_shapes, 1, 0)
-            self._submit(raws, rows, shapes, deadline, done, caller)
-            return None
-        return self._many(raws, rows, shapes, deadline, done, caller, [get(key) for key in keys], keys)
-
-    def _many(
-        self,
-        raws: Sequence[bytes],
-        rows: int,
-        shapes: tuple[Shape, ...] | None,
-        deadline: float,
-        done: Done,
-        caller: Caller | None,
-        records: list[bytes | None],
-        keys: list[bytes],
-    ) -> Answer | None:
-        """Put the baked rows and the model's rows together again in order."""
+        if self._row_keys is None:
+            records = [get(key) for key in keys]
+        else:
+            # Table by entity, head by row.
+            request.keys = self._row_keys.of(raws, rows, shapes)
+            records = [get(key) for key in request.keys]
+            if table_get is not None:
+                records = [
+                    table_get(key) if record is None else record
+                    for key, record in zip(keys, records, strict=True)
+                ]
         misses = [i for i, record in enumerate(records) if record is None]
         if misses and self.mode == "static":
             for i in misses:
                 records[i] = self._unknown(keys[i], i)
-            return self._together(records, rows - len(misses))
-        if not misses:
-            return self._together(records, rows)
-        if len(misses) == rows:
-            self._submit(raws, rows, shapes, deadline, done, caller)
+        elif misses:
+            self._ask(request, misses, records, deadline, done, caller)
             return None
-        parts: list[bytes] = []
-        for spec, raw, shape in zip(self.contract.inputs, raws, shapes or self._shapes, strict=True):
-            elements = 1
-            for size in shape:
-                elements *= size
-            slices = row_slices(raw, spec.datatype, rows, elements)
-            parts.append(b"".join([slices[i] for i in misses]))
+        answer = self._together(records, rows if self.mode != "static" else rows - len(misses))
+        if self.recorder is not None:
+            request.where = [self.where_baked(key) for key in request.keys]
+            for i in misses:
+                request.where[i] = DEFAULT
+            self._note(request, records)
+        return answer
+
+    def head_key(self, row: Row) -> bytes:
+        """The key that the learned head has for a row."""
+        return (self._row_keys or self.keys).of(row.raws, 1, row.shapes)[0]
+
+    def where_baked(self, key: bytes) -> int:
+        """The code of where a baked row was answered."""
+        return HEAD if self.head is not None and self.head.holds(key) else TABLE
+
+    def landed(self, job: Job) -> bytes:
+        """Keep what the model computed for a row, answer those who waited for the same; gives the record."""
+        record = self.records.join(job.out_raws, job.out_shapes)
+        if self.head is not None and self.flights is not None and job.key:
+            self.head.store(job.key, Row(tuple(job.raws), job.shapes), record)
+            for other in self.flights.landed(job):
+                self.head.asked(job.key)
+                other.joined = True
+                other.out_raws, other.out_shapes = job.out_raws, job.out_shapes
+                other.queue_s, other.model_s = job.queue_s, job.model_s
+                try:
+                    other.done(other)
+                except Exception:
+                    log().exception("flight.answer_not_taken", deployment=self.name)
+        return record
+
+    def _ask(
+        self,
+        request: _Request,
+        misses: list[int],
+        records: list[bytes | None],
+        deadline: float,
+        done: Done,
+        caller: Caller | None,
+    ) -> None:
+        """Have the model compute the rows without a record, and put baked and computed together in order."""
+        rows = request.rows
+        if self.recorder is not None:
+            request.where = [MODEL if record is None else TABLE for record in records]
+            for i, record in enumerate(records):
+                if record is not None:
+                    request.where[i] = self.where_baked(request.keys[i])
+        if rows == 1 and self.flights is not None:
+            self._ask_one(self.flights, request, deadline, done, caller)
+            return
+        if len(misses) == rows and self.head is None:
+            self._submit(request.raws, rows, request.shapes, deadline, self._noting(request, done), caller)
+            return
+        raws = self._parts(request, misses)
+        computed = [b"".join(column) for column in raws]
 
         def merge(answer: Answer | ParbakeError) -> None:
             if isinstance(answer, ParbakeError):
@@ -154,13 +223,17 @@ class ServedVersion:
                 return
             try:
                 columns = [
-                    row_slices(raw, spec.datatype, len(misses), _elements(shape))
+                    row_slices(raw, spec.datatype, len(misses), elements_of(shape))
                     for spec, raw, shape in zip(
                         self.contract.outputs, answer.raws, answer.shapes, strict=True
                     )
                 ]
                 for at, i in enumerate(misses):
-                    records[i] = self._records.join([column[at] for column in columns], answer.shapes)
+                    record = self.records.join([column[at] for column in columns], answer.shapes)
+                    records[i] = record
+                    if self.head is not None:
+                        row = Row(tuple(column[at] for column in raws), request.shapes)
+                        self.head.store(request.keys[i], row, record)
                 whole = self._together(records, rows - len(misses))
             except ParbakeError as error:
                 done(error)
@@ -169,10 +242,77 @@ class ServedVersion:
                 done(ModelFailed(f"baked and computed rows do not fit together: {error}"))
                 return
             whole.queue_s, whole.model_s = answer.queue_s, answer.model_s
+            if self.recorder is not None:
+                self._note(request, records)
             done(whole)
 
-        self._submit(parts, len(misses), shapes, deadline, merge, caller)
-        return None
+        self._submit(computed, len(misses), request.shapes, deadline, merge, caller)
+
+    def _ask_one(
+        self, flights: Flights, request: _Request, deadline: float, done: Done, caller: Caller | None
+    ) -> None:
+        """One row that is not baked: together with those who ask for the same at the moment."""
+        key = request.keys[0]
+
+        def finished(job: Job) -> None:
+            if job.error is not None:
+                flights.failed(job, job.error)
+                done(job.error)
+                return
+            record = self.landed(job)
+            if self.recorder is not None:
+                request.where = [JOINED if job.joined else MODEL]
+                self._note(request, [record])
+            done(Answer(job.out_raws, job.out_shapes, 1, 0, job.queue_s, job.model_s))
+
+        flights.board(key, Job(request.raws, 1, request.shapes, deadline, finished, caller))
+
+    def _parts(self, request: _Request, rows: Sequence[int]) -> list[list[bytes]]:
+        """Per input the raw bytes of some rows of a request."""
+        parts: list[list[bytes]] = []
+        for spec, raw, shape in zip(self.contract.inputs, request.raws, request.shapes, strict=True):
+            slices = row_slices(raw, spec.datatype, request.rows, elements_of(shape))
+            parts.append([slices[i] for i in rows])
+        return parts
+
+    def _noting(self, request: _Request, done: Done) -> Done:
+        """``done`` with a note for each row before it, where somebody takes notes."""
+        if self.recorder is None:
+            return done
+
+        def noted(answer: Answer | ParbakeError) -> None:
+            if not isinstance(answer, ParbakeError):
+                self._note(request, self._records_of(answer) if self._notes_outputs else None)
+            done(answer)
+
+        return noted
+
+    @property
+    def _notes_outputs(self) -> bool:
+        return self.recorder is not None and self.recorder.wants_outputs
+
+    def _records_of(self, answer: Answer) -> list[bytes]:
+        columns = [
+            row_slices(raw, spec.datatype, answer.rows, elements_of(shape))
+            for spec, raw, shape in zip(self.contract.outputs, answer.raws, answer.shapes, strict=True)
+        ]
+        return [self.records.join(row, answer.shapes) for row in zip(*columns, strict=True)]
+
+    def _note(self, request: _Request, records: Sequence[bytes | None] | None) -> None:
+        """Have each row of a request noted."""
+        recorder = self.recorder
+        if recorder is None:
+            return
+        seconds = perf_counter() - request.arrived
+        columns = self._parts(request, range(request.rows)) if recorder.wants_inputs else None
+        for i, (key, where) in enumerate(zip(request.keys, request.where, strict=True)):
+            recorder.note(
+                key,
+                where,
+                seconds,
+                None if columns is None else [column[i] for column in columns],
+                records[i] if records is not None and recorder.wants_outputs else None,
+            )
 
     def _submit(
         self,
@@ -200,7 +340,7 @@ class ServedVersion:
         for record in records:
             if record is None:
                 raise ValueError("a row has neither a record nor an answer of the model")
-            raws, row_shapes = self._records.split(record)
+            raws, row_shapes = self.records.split(record)
             if shapes is not None and shapes != row_shapes:
                 raise ModelFailed(
                     f"rows of one request have outputs of different shapes: {shapes} and {row_shapes}",
@@ -240,12 +380,27 @@ class ServedVersion:
         ]
 
 
+class _Request:
+    """The rows of one request while they are being answered."""
+
+    __slots__ = ("arrived", "keys", "raws", "rows", "shapes", "where")
+
+    def __init__(self, raws: Sequence[bytes], rows: int, shapes: tuple[Shape, ...], arrived: float) -> None:
+        self.raws = raws
+        self.rows = rows
+        self.shapes = shapes
+        self.arrived = arrived
+        self.keys: list[bytes] = []
+        self.where: list[int] = []
+
+
 def _nothing(_: bytes) -> bytes | None:
     """What an expired table holds."""
     return None
 
 
-def _elements(shape: Shape) -> int:
+def elements_of(shape: Shape) -> int:
+    """Number of elements of a shape."""
     elements = 1
     for size in shape:
         elements *= size

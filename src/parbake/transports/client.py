@@ -31,6 +31,7 @@ def reload(
             change.name,
             str(Path(change.bundle).resolve()) if change.bundle else "",
             str(Path(change.table).resolve()) if change.table else change.table,
+            change.mode,
         )
         for change in changes
     ]

@@ -132,10 +132,10 @@ def test_static_mode_needs_only_the_columns_of_the_key() -> None:
     static = serve(inputs, key=key, mode="static", table=MemoryTable("sha256:0", {}))
     assert list(example_row(columns_of(static))) == ["day", "city"]
     row = {"store": 5, "day": 7, "stock": 2, "city": "Bonn", "note": "x"}
-    keys = full._keys.of(*read(full, row))
-    assert static._keys.of(*read(static, {"day": 7, "city": "Bonn"})) == keys
-    assert static._keys.of(*read(static, [{"city": "Bonn", "day": 7, "stock": 9}])) == keys
-    assert static._keys.of(*read(static, row)) == keys
+    keys = full.keys.of(*read(full, row))
+    assert static.keys.of(*read(static, {"day": 7, "city": "Bonn"})) == keys
+    assert static.keys.of(*read(static, [{"city": "Bonn", "day": 7, "stock": 9}])) == keys
+    assert static.keys.of(*read(static, row)) == keys
     assert refusal(static, {"day": 7}).message == '"city" is missing'
     assert refusal(static, {"day": 7, "city": "Bonn", "note": 3}).path == "$.note"
 

@@ -129,14 +129,16 @@ class InferenceService:
             if remaining_s is not None:
                 limits.append(remaining_s)
             inputs = call.inputs
-            answer = await _answer(served, inputs.raws, inputs.rows, inputs.shapes, arrived + min(limits))
+            answer = await _answer(
+                served, inputs.raws, inputs.rows, inputs.shapes, arrived + min(limits), arrived
+            )
             reply = codec.write(answer, call)
         except ParbakeError as error:
-            served.stats.refused(error.code)
+            served.refused(error.code, arrived)
             return Failure(*shown(error, served.name))
         except Exception:
             failure = Failure(*unexpected("inference.ModelInferRequest"))
-            served.stats.refused(failure.error.code)
+            served.refused(failure.error.code, arrived)
             return failure
         if streamed and values_of(request.parameters).get("triton_enable_empty_final_response"):
             reply.parameters["triton_final_response"].bool_param = True
@@ -278,7 +280,12 @@ def address_of(peer: str) -> str:
 
 
 async def _answer(
-    served: ServedVersion, raws: list[bytes], rows: int, shapes: tuple[tuple[int, ...], ...], deadline: float
+    served: ServedVersion,
+    raws: list[bytes],
+    rows: int,
+    shapes: tuple[tuple[int, ...], ...],
+    deadline: float,
+    arrived: float,
 ) -> Answer:
     """Predict, and wait where a model has to run. Raises `ParbakeError`."""
     future: asyncio.Future[Answer | ParbakeError] = asyncio.get_running_loop().create_future()
@@ -288,7 +295,7 @@ async def _answer(
             future.set_result(result)
 
     caller = Caller()
-    answer = served.predict(raws, rows, shapes, deadline, done, caller)
+    answer = served.predict(raws, rows, shapes, deadline, done, caller, arrived)
     if answer is not None:
         return answer
     try:

@@ -64,7 +64,9 @@ class PredictionEndpoint:
                     self._send(exchange, call, result, parsed)
 
             inputs = call.inputs
-            answer = served.predict(inputs.raws, inputs.rows, inputs.shapes, deadline, done, exchange)
+            answer = served.predict(
+                inputs.raws, inputs.rows, inputs.shapes, deadline, done, exchange, exchange.arrived
+            )
         except ParbakeError as error:
             self._fail(exchange, error)
             return
@@ -105,10 +107,10 @@ class PredictionEndpoint:
         )
 
     def _failed_unexpectedly(self, exchange: Exchange) -> None:
-        self._served.stats.refused(fail_unexpectedly(exchange).code)
+        self._served.refused(fail_unexpectedly(exchange).code, exchange.arrived)
 
     def _fail(self, exchange: Exchange, error: ParbakeError) -> None:
-        self._served.stats.refused(error.code)
+        self._served.refused(error.code, exchange.arrived)
         error, number = shown(error, self._served.name)
         status, payload, headers = error_reply(error, number)
         exchange.reply(status, payload, JSON, headers)

@@ -12,7 +12,8 @@ from hashlib import blake2b
 from time import perf_counter
 from typing import Final, cast
 
-from parbake.contract.key import KEY_BYTES
+from parbake.contract.key import KEY_BYTES, key_of
+from parbake.contract.where import JOINED, MODEL
 from parbake.errors import ParbakeError
 from parbake.logs import log
 from parbake.runtime.batcher import Job, Outcome
@@ -43,13 +44,16 @@ class OneRowEndpoint(PredictionEndpoint):
         # Bound once: jobs are compared by it.
         self._together = self._all_done
         self._get = served.get
+        self._flights = served.flights
+        self._recorder = served.recorder
+        self._keeps_inputs = served.recorder is not None and served.recorder.wants_inputs
         self._run = served.batcher.submit if served.batcher is not None and served.mode != "static" else None
         self._replies: dict[bytes, tuple[bytes, bytes, bytes]] = {}
         """Key, record and reply of bodies that the table answered: the same bytes have the same key."""
         self._marks = bytearray(_MARKS)
         """A byte of the hash of each body that was lately here."""
-        self._baked: list[tuple[Exchange, bytes, float]] = []
-        """Replies of this turn of the loop, and when their requests had been read."""
+        self._baked: list[tuple[Exchange, bytes, float, bytes, bytes]] = []
+        """Replies of this turn of the loop, when their requests had been read, keys and records."""
         self._shapes = (served.contract.inputs[0].shape,)
 
     def __call__(self, exchange: Exchange) -> None:
@@ -57,11 +61,17 @@ class OneRowEndpoint(PredictionEndpoint):
         body = exchange.body
         get = self._get
         known = self._replies.get(body)
-        if known is not None and get is not None and exchange.head.plain and exchange.keep_alive:
+        if (
+            known is not None
+            and get is not None
+            and exchange.head.plain
+            and exchange.keep_alive
+            and not self._keeps_inputs
+        ):
             # The table is asked every time; only reading the body and writing the reply are spared.
             key, baked, reply = known
             if get(key) == baked:
-                self._answer(exchange, reply, perf_counter())
+                self._answer(exchange, reply, perf_counter(), key, baked)
                 return
         row = self._read_row(body) if exchange.head.plain and exchange.keep_alive else None
         if row is None:
@@ -69,12 +79,15 @@ class OneRowEndpoint(PredictionEndpoint):
             return
         raw, request_id = row
         parsed = perf_counter()
+        key = b""
         if get is not None:
             key = blake2b(raw, digest_size=KEY_BYTES).digest()
             record = get(key)
             if record is not None:
                 reply = self._write_row(record, request_id)
-                self._answer(exchange, reply, parsed)
+                if self._keeps_inputs:
+                    self._note(exchange, key, self._served.where_baked(key), (raw,), record)
+                self._answer(exchange, reply, parsed, key, record)
                 if not request_id and len(body) <= _MEMO_BODY_BYTES and self._seen_before(body):
                     if len(self._replies) >= _MEMO_BODIES:
                         self._replies.clear()
@@ -87,7 +100,12 @@ class OneRowEndpoint(PredictionEndpoint):
         if not request_id:
             job.together = self._together
         try:
-            self._run(job)
+            if self._flights is not None:
+                self._flights.board(key, job)
+            else:
+                if self._recorder is not None:
+                    job.key = key_of(raw)
+                self._run(job)
         except ParbakeError as error:
             self._fail(exchange, error)
 
@@ -100,13 +118,24 @@ class OneRowEndpoint(PredictionEndpoint):
         self._marks[place] = mark
         return False
 
-    def _answer(self, exchange: Exchange, reply: bytes, parsed: float) -> None:
+    def _note(self, exchange: Exchange, key: bytes, where: int, raws: Sequence[bytes], record: bytes) -> None:
+        recorder = self._recorder
+        if recorder is not None:
+            recorder.note(
+                key,
+                where,
+                perf_counter() - exchange.arrived,
+                raws if recorder.wants_inputs else None,
+                record if recorder.wants_outputs else None,
+            )
+
+    def _answer(self, exchange: Exchange, reply: bytes, parsed: float, key: bytes, record: bytes) -> None:
         """Send a reply from the table, in a row with the others of this turn of the loop.
 
         Writes in a row find the client awake; to wake it for each of them costs more than the answers do.
         """
         baked = self._baked
-        baked.append((exchange, reply, parsed))
+        baked.append((exchange, reply, parsed, key, record))
         if len(baked) >= _IN_A_ROW or exchange.protocol.alone:
             self._send_baked()
         elif len(baked) == 1:
@@ -115,7 +144,9 @@ class OneRowEndpoint(PredictionEndpoint):
     def _send_baked(self) -> None:
         baked, self._baked = self._baked, []
         answered = self._log
-        for exchange, reply, parsed in baked:
+        # With inputs they were noted where the row still was.
+        recorder = None if self._keeps_inputs else self._recorder
+        for exchange, reply, parsed, key, record in baked:
             try:
                 exchange.protocol.send(exchange, reply)
             except Exception:
@@ -124,7 +155,11 @@ class OneRowEndpoint(PredictionEndpoint):
                 exchange.protocol.abort()
                 continue
             arrived = exchange.arrived
-            answered += (parsed - arrived, 0.0, 0.0, perf_counter() - arrived, 1, 1)
+            total_s = perf_counter() - arrived
+            answered += (parsed - arrived, 0.0, 0.0, total_s, 1, 1)
+            if recorder is not None:
+                where = self._served.where_baked(key)
+                recorder.note(key, where, total_s, None, record if recorder.wants_outputs else None)
         if len(answered) >= FOLD_AT:
             self._settle()
 
@@ -137,6 +172,13 @@ class OneRowEndpoint(PredictionEndpoint):
         model_s = outcome.seconds
         log = self._log
         rows = cast("Sequence[_Row]", jobs)  # only rows have this callback
+        if self._flights is not None or self._recorder is not None:
+            columns = [_rows_of(raw, len(jobs)) for raw in outcome.raws]
+            for job, *out_raws in zip(rows, *columns, strict=True):
+                job.out_raws, job.out_shapes = out_raws, outcome.shapes
+                job.model_s = model_s
+                record = self._served.landed(job)
+                self._note(job.exchange, job.key, MODEL, job.raws, record)
         for job, reply in zip(rows, replies, strict=True):
             exchange = job.exchange
             exchange.protocol.send(exchange, reply)
@@ -148,10 +190,15 @@ class OneRowEndpoint(PredictionEndpoint):
         """The model has answered a row, or failed on it."""
         exchange = job.exchange
         if job.error is not None:
+            if self._flights is not None:
+                self._flights.failed(job, job.error)
             self._fail(exchange, job.error)
             return
-        raws = job.out_raws
-        record = raws[0] if len(raws) == 1 else b"".join(raws)
+        record = self._served.landed(job)
+        if self._recorder is not None:
+            self._note(
+                exchange, job.key or key_of(job.raws[0]), JOINED if job.joined else MODEL, job.raws, record
+            )
         try:
             reply = self._write_row(record, job.request_id)
         except Exception:

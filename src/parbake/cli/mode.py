@@ -1,0 +1,55 @@
+"""`parbake mode`: change how a deployment answers, while it answers."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import click
+
+from parbake.cli.options import Command, json_option
+from parbake.cli.output import emit_json, say
+from parbake.settings import WantedMode
+
+
+@click.command(cls=Command, short_help="Change how a deployment answers, while it serves.")
+@click.argument("name")
+@click.argument("mode", type=click.Choice(get_args(WantedMode)))
+@click.option("--table", metavar="DIR", help="Prediction table to answer from.  [default: the one it has]")
+@click.option(
+    "--port",
+    type=click.IntRange(1, 65535),
+    envvar="PARBAKE_PORT",
+    metavar="PORT",
+    help="HTTP port of the server, where several run on this machine.",
+)
+@click.option(
+    "--admin-url", default="", envvar="PARBAKE_ADMIN_URL", metavar="URL", help="Admin API of the server."
+)
+@click.option(
+    "--token", default="", envvar="PARBAKE_ADMIN_TOKEN", metavar="TOKEN", help="Token of the admin API."
+)
+@json_option
+def command(
+    name: str,
+    mode: WantedMode,
+    table: str | None,
+    port: int | None,
+    admin_url: str,
+    token: str,
+    as_json: bool,
+) -> None:
+    """Change how a deployment answers, while it serves, without a failed request.
+
+    static answers from the prediction table only, dynamic asks the model, hybrid learns which predictions to keep;
+    auto follows the advisor, and says in the log why it changed.
+    """
+    from parbake.app.supervisor import Change
+    from parbake.transports import client
+
+    done = client.reload([Change(name, "", table, mode)], port=port, admin_url=admin_url, token=token)
+    if as_json:
+        emit_json(done)
+    elif done.changed:
+        say(f"{name} is {mode} after {done.seconds:.2f} s")
+    else:
+        say(f"{name} was {mode} already")

@@ -1,0 +1,1 @@
+"""Monitoring: the prediction log and the profile of the traffic."""
