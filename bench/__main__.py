@@ -1,4 +1,4 @@
-"""``python -m bench [http|cold-start|size|bake]... [--quick]``: all of them without a name."""
+"""``python -m bench [http|head|advise|cold-start|size|bake]... [--quick]``: all of them without a name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from bench import bench_bake, cold_start, http, size
+from bench import advise, bench_bake, cold_start, head, http, size
 from bench.clients import client
 from bench.report import ORDER, Section, keep, show
 from parbake.cli.output import emit, say, stages
@@ -79,6 +79,17 @@ def _measure(key: str, folder: Path, options: argparse.Namespace) -> Section:
             )
         if key == "cold-start":
             return cold_start.run(folder, starts=1 if quick else 5, say=stage)
+        if key == "head":
+            return head.run(
+                client("own" if quick and options.client == "auto" else options.client),
+                folder,
+                rounds=1 if quick else options.rounds,
+                seconds=0.5 if quick else 5.0,
+                quick=quick,
+                say=stage,
+            )
+        if key == "advise":
+            return advise.run(folder, seconds=0.5 if quick else 3.0, quick=quick, say=stage)
         if key == "size":
             return size.run(folder, install=not quick, say=stage)
         return bench_bake.run(

@@ -11,7 +11,7 @@ from msgspec import Struct
 from bench.machine import Machine
 from parbake.cli.output import emit, emit_table, emit_title
 
-ORDER: Final = ("http", "cold-start", "size", "bake")
+ORDER: Final = ("http", "head", "advise", "cold-start", "size", "bake")
 _PAGE: Final = "benchmarks.md"
 _FIGURES: Final = "benchmarks.json"
 
@@ -123,4 +123,6 @@ def _machine(machine: Machine) -> str:
 
 
 def _number(target: Target) -> str:
-    return f"{target.got:,.2f} {target.unit}".rstrip()
+    # Differences of shares need a digit more.
+    digits = 3 if abs(target.got) < 0.1 else 2
+    return f"{target.got:,.{digits}f} {target.unit}".rstrip()

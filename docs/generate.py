@@ -17,11 +17,12 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import parbake
 from parbake import errors, testing
-from parbake.app.control import AllCounts, VersionCounts
+from parbake.app.control import AllCounts, HeadCounts, LogRows, VersionCounts
 from parbake.app.metrics import RunnerState, ServerState, VersionState, render
 from parbake.cli.exits import EXITS, Exit
 from parbake.cli.main import COMMANDS, group
 from parbake.contract.model import Contract, Step, TensorSpec
+from parbake.monitoring.model import Estimate, Traffic
 from parbake.serving.service import ServedVersion
 from parbake.serving.stats import BATCH_BOUNDS, BOUNDS_S, Stats
 from parbake.settings import Declared, DeploymentSettings, ServerSettings, declared
@@ -311,9 +312,10 @@ def _metrics() -> Iterator[str]:
     stats.refused("overloaded")
     page = render(
         ServerState(0.0, 1, 0, 1),
-        [VersionState("eta", "1", "hybrid", "sha256:", 1)],
+        [VersionState("eta", "1", "hybrid", "sha256:", 1, 1.0)],
         [RunnerState("eta", "1", 0, 1)],
-        AllCounts((VersionCounts("eta", "1", stats.counts(0)),)),
+        AllCounts((VersionCounts("eta", "1", stats.counts(0), HeadCounts()),), 0, {}, LogRows()),
+        {"eta": Traffic(1, Estimate(1, 1, 1), 0.0, 1.0, (), 0.0, 0.0, 0.0)},
     )
     rows = []
     for family in text_string_to_metric_families(page):

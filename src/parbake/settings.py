@@ -118,6 +118,34 @@ class ServerSettings(Struct, frozen=True, forbid_unknown_fields=True):
     log_format: Annotated[
         Literal["auto", "text", "json"], Option("Log lines; auto is text on a terminal.")
     ] = "auto"
+    traffic_profile: Annotated[
+        bool, Option("Measure the cardinality and peakedness of the traffic, for the advisor.")
+    ] = True
+    prediction_log: Annotated[
+        str, Option("Folder for the prediction log; without it nothing is logged.", "DIR")
+    ] = ""
+    log_sample: Annotated[
+        float,
+        Option("Share of the keys that are logged, each with all its rows.", "SHARE"),
+        msgspec.Meta(gt=0, le=1),
+    ] = 1.0
+    log_inputs: Annotated[
+        Literal["off", "hashed", "plain"],
+        Option("Whether the log has the rows' inputs: left out, hashed with a secret, or as they are."),
+    ] = "off"
+    log_outputs: Annotated[bool, Option("Whether the log has the predictions.")] = False
+    log_file_bytes: Annotated[
+        int, Option("Size at which a file of the log is finished.", "BYTES"), msgspec.Meta(ge=1)
+    ] = 64 * 1024 * 1024
+    log_file_s: Annotated[
+        float, Option("Age at which a file of the log is finished.", "SECONDS"), msgspec.Meta(gt=0)
+    ] = 3600.0
+    log_keep_bytes: Annotated[
+        int, Option("Size of the log beyond which its oldest files are removed.", "BYTES"), msgspec.Meta(ge=1)
+    ] = 4 * 1024 * 1024 * 1024
+    log_keep_s: Annotated[
+        float, Option("Age at which files of the log are removed.", "SECONDS"), msgspec.Meta(gt=0)
+    ] = 30 * 24 * 3600.0
 
     def __post_init__(self) -> None:
         """Refuse half of a TLS pair."""
@@ -202,7 +230,7 @@ def read_settings(path: Path) -> Settings:
     deployments = content.get("deployments", [])
     for deployment in deployments if isinstance(deployments, list) else []:
         _from_folder(path.parent, deployment, ("bundle", "table"))
-    _from_folder(path.parent, content.get("server"), ("tls_cert", "tls_key"))
+    _from_folder(path.parent, content.get("server"), ("tls_cert", "tls_key", "prediction_log"))
     try:
         return msgspec.convert(content, Settings)
     except msgspec.ValidationError as error:

@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
-import lzma
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from parbake.advisor.choose import antipatterns_of, choose
-from parbake.advisor.model import Costs, Load, Prediction, Prices, Promise, Recommendation, Served, Traffic
+from parbake.advisor.model import (
+    Costs,
+    CurvePoint,
+    Figure,
+    Load,
+    Prediction,
+    Prices,
+    Promise,
+    Recommendation,
+    Served,
+    Traffic,
+)
 from parbake.advisor.predict import BUDGETS, Question, predictions
-from parbake.advisor.traffic import Keys, numbered, traffic_of
+from parbake.advisor.traffic import Keys, numbered, unseen_and_unasked
 from parbake.app.measure import measure
 from parbake.contract.bundle import read_bundle
 from parbake.contract.key import KEY_BYTES
 from parbake.contract.model import Contract
 from parbake.errors import InputFileError
+from parbake.monitoring.log import log_keys, read_log
+from parbake.monitoring.model import Traffic as Measured
+from parbake.monitoring.profile import exact_traffic
+from parbake.monitoring.trace import read_trace
 from parbake.serving.head import Head, Row
 from parbake.settings import DEADLINE_MS, Placement
 
@@ -79,24 +94,85 @@ def _key(key: int) -> bytes:
     return key.to_bytes(KEY_BYTES, "big")
 
 
-def asked_in_trace(path: Path) -> Asked:
-    """The traffic of a trace file. Raises `InputFileError`."""
-    opener = lzma.open if path.suffix == ".xz" else open
-    try:
-        with opener(path, "rb") as handle:
-            raw = handle.read()
-    except (OSError, lzma.LZMAError) as error:
-        raise InputFileError(f"{path} cannot be read: {error}") from error
-    if not raw or len(raw) % 4:
-        raise InputFileError(f"{path} is not a trace: {len(raw)} bytes are no sequence of 32-bit keys")
-    keys = numbered(np.frombuffer(raw, ">u4"))
-    return Asked(traffic_of(keys, f"trace {path.name}"), keys)
+def asked_in_trace(path: Path, column: str = "") -> Asked:
+    """The traffic of a trace file (see `parbake.monitoring.trace`). Raises `InputFileError`."""
+    return asked_in_sequence(read_trace(path, column), f"trace {path.name}")
+
+
+def asked_in_log(folder: Path, deployment: str | None = None) -> Asked:
+    """The traffic of one deployment in a prediction log. Raises `InputFileError`."""
+    tables = read_log(folder, deployment, columns=("deployment", "key", "time"))
+    found: list[Any] = []
+    first_us = last_us = 0
+
+    def timed() -> Iterator[Any]:
+        nonlocal first_us, last_us
+        for table in tables:
+            times = table.column("time").cast("int64")
+            first_us = first_us or times[0].as_py()
+            last_us = times[-1].as_py()
+            yield table
+
+    by_name = log_keys(timed())
+    if not by_name:
+        named = f" of {deployment!r}" if deployment else ""
+        raise InputFileError(
+            f"the log in {folder} has no rows{named}", hint="is it the folder given to serve?"
+        )
+    if len(by_name) > 1:
+        raise InputFileError(
+            f"the log in {folder} has several deployments: {', '.join(sorted(by_name))}",
+            hint="--name picks one of them",
+        )
+    ((name, found),) = by_name.items()
+    return asked_in_sequence(
+        np.concatenate(found), f"log of {name}", window_s=max(last_us - first_us, 1) / 1e6
+    )
+
+
+def asked_in_sequence(ids: npt.NDArray[np.uint64], source: str, *, window_s: float | None = None) -> Asked:
+    """The traffic of a recorded sequence of keys."""
+    keys = numbered(ids)
+    unseen, unasked = unseen_and_unasked(keys)
+    rate = len(ids) / window_s if window_s else None
+    traffic = _traffic(exact_traffic(ids), source, unseen, unasked, rate)
+    return Asked(replace(traffic, window_s=window_s), keys)
+
+
+def asked_of_server(report: Measured, name: str) -> Asked:
+    """The traffic that a running server has measured of a deployment."""
+    # A window's first touches are more than what is new to it.
+    traffic = _traffic(
+        report, f"{name}, as it is served", report.first_touch_share, None, report.rate_per_s or None
+    )
+    return Asked(traffic)
+
+
+def _traffic(
+    found: Measured, source: str, unseen: float, unasked: float | None, rate_per_s: float | None
+) -> Traffic:
+    distinct = found.cardinality
+    return Traffic(
+        source=source,
+        requests=found.requests,
+        distinct=Figure(distinct.value, (distinct.upper - distinct.lower) / 2),
+        curve=tuple(
+            CurvePoint(point.keys, point.share, (point.upper - point.lower) / 2) for point in found.curve
+        ),
+        peakedness=found.peakedness,
+        first_touch=found.first_touch_share,
+        unseen=unseen,
+        unasked=unasked,
+        turnover=found.turnover,
+        rate_per_s=rate_per_s,
+    )
 
 
 def promise_of(contract: Contract, deadline_ms: float | None = None) -> Promise:
     """What a contract promises; ``deadline_ms`` is the deployment's, where it has one of its own."""
     return Promise(
-        deadline_s=(deadline_ms or contract.deadline_ms or DEADLINE_MS) / 1e3, freshness_s=contract.freshness_s
+        deadline_s=(deadline_ms or contract.deadline_ms or DEADLINE_MS) / 1e3,
+        freshness_s=contract.freshness_s,
     )
 
 

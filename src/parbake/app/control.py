@@ -25,6 +25,8 @@ class Configure(Struct, frozen=True, tag=True):
 
     settings: ServerSettings
     grpc_port: int | None
+    number: int = 0
+    """Of the front."""
     at_once: bool = True
     """Whether to accept connections now, or with the first plan: a front that takes the place of one that died
     would only say that it is not ready."""
@@ -94,6 +96,28 @@ class HeadCounts(Struct, frozen=True):
         return msgspec.structs.replace(self, rows=0, bytes=0)
 
 
+class LogRows(Struct, frozen=True):
+    """What became of the rows that the prediction log was given, and what it takes on disk."""
+
+    written: int = 0
+    sampled_out: int = 0
+    dropped_ring: int = 0
+    dropped_disk: int = 0
+    files: int = 0
+    bytes: int = 0
+
+    def plus(self, other: LogRows) -> LogRows:
+        """The sum of two fronts; both look at the same folder."""
+        return LogRows(
+            self.written + other.written,
+            self.sampled_out + other.sampled_out,
+            self.dropped_ring + other.dropped_ring,
+            self.dropped_disk + other.dropped_disk,
+            max(self.files, other.files),
+            max(self.bytes, other.bytes),
+        )
+
+
 class VersionCounts(Struct, frozen=True):
     """Counts of one version."""
 
@@ -110,6 +134,17 @@ class AllCounts(Struct, frozen=True, tag=True):
     connections: int = 0
     refused: dict[str, int] = {}
     """Requests that reached no deployment, by error code."""
+    log: LogRows | None = None
+
+
+class GetProfiles(Struct, frozen=True, tag=True):
+    """To a front: the profiles of its traffic."""
+
+
+class Profiles(Struct, frozen=True, tag=True):
+    """Reply to `GetProfiles`: per deployment what `TrafficProfile.from_bytes` reads."""
+
+    profiles: dict[str, bytes] = {}
 
 
 class GetMetrics(Struct, frozen=True, tag=True):
@@ -168,6 +203,8 @@ Message = (
     | StopListening
     | GetCounts
     | AllCounts
+    | GetProfiles
+    | Profiles
     | GetMetrics
     | Text
     | GetStatistics

@@ -19,16 +19,19 @@ from parbake.app.control import (
     Commit,
     Done,
     GetCounts,
+    GetProfiles,
     HeadCounts,
+    LogRows,
     Message,
     Ping,
     Prepare,
     Prepared,
+    Profiles,
     VersionCounts,
     Wedged,
 )
 from parbake.app.plan import Placed, Plan, PlanEntry
-from parbake.app.wiring import open_table, table_facts
+from parbake.app.wiring import monitor_of, open_table, table_facts
 from parbake.contract.bundle import StoredBundle, read_bundle
 from parbake.contract.record import Records
 from parbake.errors import (
@@ -40,6 +43,8 @@ from parbake.errors import (
     VersionNotFound,
 )
 from parbake.logs import log
+from parbake.monitoring.recorder import Recorder
+from parbake.monitoring.service import Monitor
 from parbake.runtime.backends import InlineBackend, RunnerBackend
 from parbake.runtime.batcher import Backend, Batcher
 from parbake.runtime.costs import BatchCost
@@ -50,6 +55,7 @@ from parbake.serving.head import Head
 from parbake.serving.service import ServedVersion
 from parbake.serving.stats import Stats
 from parbake.serving.warm import Warmer, succeed
+from parbake.settings import ServerSettings
 
 _INLINE_BYTES: Final = 64 * 1024 * 1024
 """Larger models are not copied into every front."""
@@ -74,6 +80,7 @@ class Slot:
     served: ServedVersion
     backends: list[RunnerBackend] = field(default_factory=list)
     warmer: Warmer | None = None
+    recorder: Recorder | None = None
 
 
 class Front:
@@ -94,6 +101,7 @@ class Front:
         self.connections: Callable[[], int] = lambda: 0
         self.refused: dict[str, int] = {}
         self._tending: asyncio.Task[None] | None = None
+        self._monitor: Monitor | None = None
 
     # What transports ask ---------------------------------------------------------------------------
 
@@ -118,7 +126,9 @@ class Front:
         if not found:
             if name in self._plan.unloaded:
                 raise NotReady(
-                    f"model {name!r} is not loaded", hint="load it, or parbake reload", retry_after_s=5.0
+                    f"model {name!r} is not loaded",
+                    hint=f"parbake reload {name}, or POST /v2/repository/models/{name}/load, loads it",
+                    retry_after_s=5.0,
                 )
             names = ", ".join(dict.fromkeys(slot.served.name for slot in self._slots)) or "none"
             raise ModelNotFound(f"no model {name[:80]!r}", hint=f"models here: {names}")
@@ -129,6 +139,10 @@ class Front:
                 return served
         versions = ", ".join(served.version for served in found)
         raise VersionNotFound(f"model {name!r} has no version {version[:80]!r}", hint=f"versions: {versions}")
+
+    def configure(self, settings: ServerSettings, number: int) -> None:
+        """Take the settings in that concern the front as a whole. Raises `SettingsError`."""
+        self._monitor = monitor_of(settings, number)
 
     # What the supervisor asks ----------------------------------------------------------------------
 
@@ -147,6 +161,9 @@ class Front:
             return Done()
         if isinstance(message, GetCounts):
             return self._counts()
+        if isinstance(message, GetProfiles):
+            monitor = self._monitor
+            return Profiles(await asyncio.to_thread(monitor.current) if monitor is not None else {})
         raise NotReady(f"a front does not answer {type(message).__name__}")
 
     async def drain(self) -> None:
@@ -154,6 +171,11 @@ class Front:
         self.draining = True
         while any(slot.served.pending for slot in self._slots):
             await asyncio.sleep(0.005)
+
+    async def close(self) -> None:
+        """Write what is left for the prediction log. Nothing is answered any more."""
+        if self._monitor is not None:
+            await asyncio.to_thread(self._monitor.close)
 
     async def _prepare(self, plan: Plan) -> tuple[Placed, ...]:
         """Load what is new. Raises `ParbakeError`, and then nothing has changed."""
@@ -263,6 +285,11 @@ class Front:
                 table.close()
             raise
         head = self._head(entry, contract.freshness_s) if batcher is not None else None
+        recorder = (
+            self._monitor.recorder(entry.name, entry.version, entry.mode, entry.digest)
+            if self._monitor is not None
+            else None
+        )
         served = ServedVersion(
             entry.name,
             entry.version,
@@ -275,8 +302,9 @@ class Front:
             stats=stats,
             default=default,
             head=head,
+            recorder=recorder,
         )
-        slot = Slot(entry, served, runners)
+        slot = Slot(entry, served, runners, recorder=recorder)
         if head is not None and batcher is not None:
             slot.warmer = Warmer(served, head, batcher)
         if entry.table_expires:
@@ -389,6 +417,8 @@ class Front:
             slot.served.batcher = None
             for backend in slot.backends:
                 backend.close()
+            if slot.recorder is not None and self._monitor is not None:
+                self._monitor.retire(slot.recorder)
             if slot.served.table is not None:
                 slot.served.table.close()
         if slots:
@@ -405,6 +435,20 @@ class Front:
             ),
             self.connections(),
             dict(self.refused),
+            self._log_rows(),
+        )
+
+    def _log_rows(self) -> LogRows | None:
+        if self._monitor is None or not self._monitor.logging:
+            return None
+        counts = self._monitor.counts()
+        return LogRows(
+            counts.written,
+            counts.sampled_out,
+            counts.dropped_ring,
+            counts.dropped_disk,
+            counts.files,
+            counts.bytes,
         )
 
     def refuse(self, error: ParbakeError) -> None:

@@ -97,7 +97,9 @@ def examples_of(bundle: StoredBundle) -> Examples:
     )
 
 
-def model_cost(session: Session, examples: Examples, stage: Stage = lambda words: None) -> tuple[ModelCost, int]:
+def model_cost(
+    session: Session, examples: Examples, stage: Stage = lambda words: None
+) -> tuple[ModelCost, int]:
     """Time of batches of `ROWS` rows, and how many threads they keep busy."""
     fitted = BatchCost()
     found: list[BatchTime] = []
@@ -207,7 +209,8 @@ def _columns(
 def _batch(examples: Examples, rows: int) -> list[bytes]:
     count = len(examples.raws)
     return [
-        b"".join(examples.raws[i % count][column] for i in range(rows)) for column in range(len(examples.shapes))
+        b"".join(examples.raws[i % count][column] for i in range(rows))
+        for column in range(len(examples.shapes))
     ]
 
 
@@ -230,9 +233,7 @@ def _body(contract: Contract, inputs: Any, row: int) -> bytes | None:
     return msgspec.json.encode({"inputs": tensors})
 
 
-def quick_table(
-    bundle: StoredBundle, keys: Sequence[bytes], records: Sequence[bytes], out: Path
-) -> int:
+def quick_table(bundle: StoredBundle, keys: Sequence[bytes], records: Sequence[bytes], out: Path) -> int:
     """A table of distinct keys with their records, published at ``out`` as `parbake bake` would; gives its bytes."""
     order = sorted(range(len(keys)), key=keys.__getitem__)
     sorted_keys = np.frombuffer(b"".join(keys[i] for i in order), np.uint8).reshape(-1, KEY_BYTES)
@@ -273,13 +274,13 @@ class _Server:
     front_pids: tuple[int, ...]
     inline: bool
 
-    def batches(self) -> tuple[float, float]:
-        """Batches that the model has run, and their rows."""
+    def batches(self, name: str) -> tuple[float, float]:
+        """Batches that the model of a deployment has run, and their rows."""
         text = _get(self.admin_port, "/metrics", self.token).decode()
         found = [0.0, 0.0]
         for line in text.splitlines():
             for at, what in enumerate(("parbake_batch_rows_count{", "parbake_batch_rows_sum{")):
-                if line.startswith(what) and 'deployment="miss"' in line:
+                if line.startswith(what) and f'deployment="{name}"' in line:
                     found[at] += float(line.rpartition(" ")[2])
         return found[0], found[1]
 
@@ -288,10 +289,10 @@ class _Server:
 def _server(
     bundle: StoredBundle, table: Path, folder: Path, placement: Placement, threads: int, allow_pickle: bool
 ) -> Iterator[_Server]:
-    """A server with one front that answers ``hit`` from the table and ``miss`` by the model."""
+    """A server: ``hit`` answers from the table, ``miss`` by the model, ``learn`` too, and it keeps a head."""
     admin_port, token = _free_port(), secrets.token_urlsafe(16)
     lines: list[str] = []
-    for name, mode in (("hit", "static"), ("miss", "dynamic")):
+    for name, mode in (("hit", "static"), ("miss", "dynamic"), ("learn", "hybrid")):
         lines += [
             "[[deployments]]",
             f'name = "{name}"',
@@ -300,12 +301,25 @@ def _server(
             f'placement = "{placement}"',
             f"threads = {threads}",
             f"table = {json.dumps(str(table))}" if mode == "static" else "",
+            # Next to every request is a miss, and is learned from.
+            "head_rows = 1" if mode == "hybrid" else "",
         ]
     config = folder / "parbake.toml"
     config.write_text("\n".join(lines))
     runtime = folder / "run"
     runtime.mkdir(mode=0o700)
-    command = [sys.executable, "-m", "parbake", "serve", "--config", str(config), "--port", "0", "--workers", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "parbake",
+        "serve",
+        "--config",
+        str(config),
+        "--port",
+        "0",
+        "--workers",
+        "1",
+    ]
     command += ["--admin-port", str(admin_port), *(["--allow-pickle"] if allow_pickle else [])]
     # Its file is nobody else's business: commands must not take it for the server that they look for.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PARBAKE_")}
@@ -327,7 +341,9 @@ def _server(
             watchdog.cancel()
             status = msgspec.json.decode(_get(admin_port, "/admin/status", token))
             placed = {version["name"]: version["placement"] for version in status["versions"]}
-            yield _Server(port, admin_port, token, tuple(status["front_pids"]), placed.get("miss") == "inline")
+            yield _Server(
+                port, admin_port, token, tuple(status["front_pids"]), placed.get("miss") == "inline"
+            )
         finally:
             watchdog.cancel()
             process.terminate()
@@ -386,17 +402,24 @@ def _front_cost(
 
     def run(name: str, count: int) -> _Run:
         stage(f"the front, {name} at {count} connections")
-        return _drive(server, f"/v2/models/{name}/infer", bodies, count)
+        return _drive(server, name, bodies, count)
 
     many = max(connections, 2)
     run("hit", many)
     hits, hit = run("hit", many), run("hit", 1)
     run("miss", 1)
     misses, miss = run("miss", many), run("miss", 1)
+    # More callers than there are rows would be answered together.
+    learned = run("learn", max(min(many, len(bodies) // 2), 1))
     hit_s = min(hits.cpu_s, hit.cpu_s)
     turn_s = hit.cpu_s - hit_s
     rows = max(misses.batch_rows, 1.0)
-    inside_many = model.seconds(round(rows)) / rows if server.inline else 0.0
+    inside_many, inside_learned = (
+        model.seconds(round(max(found.batch_rows, 1.0))) / max(found.batch_rows, 1.0)
+        if server.inline
+        else 0.0
+        for found in (misses, learned)
+    )
     inside_one = model.one_s if server.inline else 0.0
     among = max(misses.cpu_s - inside_many, hit_s)
     alone = max(miss.cpu_s - inside_one - turn_s, among)
@@ -404,16 +427,18 @@ def _front_cost(
     miss_s = max(among - batch_s / rows, 0.0)
     wire_s = max(hit.p50_s - hit.cpu_s, 0.0)
     hop_s = 0.0 if server.inline else max(miss.p50_s - model.one_s - wire_s - turn_s - miss_s - batch_s, 0.0)
-    return FrontCost(hit_s, miss_s, batch_s, turn_s, wire_s, hop_s)
+    learn_s = max(learned.cpu_s - inside_learned - miss_s - batch_s / max(learned.batch_rows, 1.0), 0.0)
+    return FrontCost(hit_s, miss_s, learn_s, batch_s, turn_s, wire_s, hop_s)
 
 
-def _drive(server: _Server, path: str, bodies: Sequence[bytes], connections: int) -> _Run:
+def _drive(server: _Server, name: str, bodies: Sequence[bytes], connections: int) -> _Run:
     """Put a closed loop of requests on the server for a moment."""
     if not bodies:
         raise PackRefused("no golden can be written as JSON to ask for it", hint="pack with other examples")
-    before, before_cpu = server.batches(), _cpu_s(server.front_pids)
+    path = f"/v2/models/{name}/infer"
+    before, before_cpu = server.batches(name), _cpu_s(server.front_pids)
     latencies = asyncio.run(_ask(server.port, path, bodies, connections, _RUN_S))
-    after, after_cpu = server.batches(), _cpu_s(server.front_pids)
+    after, after_cpu = server.batches(name), _cpu_s(server.front_pids)
     if not latencies:
         raise NotReady(f"no request to {path} was answered", retry_after_s=1.0)
     batches = after[0] - before[0]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -11,6 +12,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from parbake.app.control import AllCounts
+from parbake.monitoring.model import Traffic
 from parbake.serving.stats import BATCH_BOUNDS, BOUNDS_S, STAGES, Histogram
 
 _LABELS = ("deployment", "version")
@@ -35,6 +37,8 @@ class VersionState:
     mode: str
     digest: str
     table_rows: int
+    table_expires: float | None = None
+    """Unix time at which the table stops to be used; 0 for never, None where there is no table."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +52,15 @@ class RunnerState:
 
 
 def render(
-    server: ServerState, versions: Sequence[VersionState], runners: Sequence[RunnerState], counts: AllCounts
+    server: ServerState,
+    versions: Sequence[VersionState],
+    runners: Sequence[RunnerState],
+    counts: AllCounts,
+    traffic: Mapping[str, Traffic],
 ) -> str:
     """Prometheus text format."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Page(server, versions, runners, counts))
+    registry.register(_Page(server, versions, runners, counts, traffic))
     return generate_latest(registry).decode()
 
 
@@ -63,11 +71,13 @@ class _Page(Collector):
         versions: Sequence[VersionState],
         runners: Sequence[RunnerState],
         counts: AllCounts,
+        traffic: Mapping[str, Traffic],
     ) -> None:
         self._server = server
         self._versions = versions
         self._runners = runners
         self._counts = counts
+        self._traffic = traffic
 
     def collect(self) -> Iterator[Metric]:
         yield GaugeMetricFamily("parbake_start_time_seconds", "Unix time of the start.", self._server.started)
@@ -83,18 +93,37 @@ class _Page(Collector):
         yield from self._of_heads()
         yield from self._of_runners()
         yield from self._of_requests()
+        yield from self._of_traffic()
+        yield from self._of_log()
 
     def _of_versions(self) -> Iterator[Metric]:
         info = GaugeMetricFamily(
             "parbake_version_info", "What is served.", labels=(*_LABELS, "mode", "digest")
         )
         rows = GaugeMetricFamily("parbake_table_rows", "Keys in the prediction table.", labels=_LABELS)
+        expired = GaugeMetricFamily(
+            "parbake_table_expired",
+            "1: the prediction table is older than the contract's freshness, and is not used; else 0.",
+            labels=_LABELS,
+        )
+        expires = GaugeMetricFamily(
+            "parbake_table_expires_timestamp_seconds",
+            "Unix time at which the prediction table expires, where the contract limits its age.",
+            labels=_LABELS,
+        )
         for version in self._versions:
-            info.add_metric([version.name, version.version, version.mode, version.digest], 1)
+            labels = [version.name, version.version]
+            info.add_metric([*labels, version.mode, version.digest], 1)
             if version.mode != "dynamic":
-                rows.add_metric([version.name, version.version], version.table_rows)
+                rows.add_metric(labels, version.table_rows)
+            if version.table_expires is not None:
+                expired.add_metric(labels, bool(version.table_expires) and time.time() > version.table_expires)
+            if version.table_expires:
+                expires.add_metric(labels, version.table_expires)
         yield info
         yield rows
+        yield expired
+        yield expires
 
     def _of_heads(self) -> Iterator[Metric]:
         rows = GaugeMetricFamily("parbake_head_rows", "Predictions in the learned head.", labels=_LABELS)
@@ -131,6 +160,47 @@ class _Page(Collector):
             up.add_metric([runner.name, runner.version], runner.up)
         yield restarts
         yield up
+
+    def _of_traffic(self) -> Iterator[Metric]:
+        of = ("deployment",)
+        keys = GaugeMetricFamily("parbake_traffic_keys", "Different keys asked for (an estimate).", labels=of)
+        peakedness = GaugeMetricFamily(
+            "parbake_traffic_peakedness", "0: all keys alike; 1: one key is all that is asked for.", labels=of
+        )
+        first = GaugeMetricFamily(
+            "parbake_traffic_first_touch_ratio", "Share of rows that were the first of their key.", labels=of
+        )
+        turnover = GaugeMetricFamily(
+            "parbake_traffic_turnover_ratio",
+            "Share of the head's weight that is gone from one minute to the next.",
+            labels=of,
+        )
+        for name, traffic in self._traffic.items():
+            keys.add_metric([name], traffic.cardinality.value)
+            peakedness.add_metric([name], traffic.peakedness)
+            first.add_metric([name], traffic.first_touch_share)
+            if traffic.turnover is not None:
+                turnover.add_metric([name], traffic.turnover)
+        yield keys
+        yield peakedness
+        yield first
+        yield turnover
+
+    def _of_log(self) -> Iterator[Metric]:
+        rows = self._counts.log
+        if rows is None:
+            return
+        taken = CounterMetricFamily(
+            "parbake_log_rows",
+            "Rows given to the prediction log: written, sampled_out, dropped_ring (it could not keep up), "
+            "dropped_disk.",
+            labels=("outcome",),
+        )
+        for outcome in ("written", "sampled_out", "dropped_ring", "dropped_disk"):
+            taken.add_metric([outcome], getattr(rows, outcome))
+        yield taken
+        yield GaugeMetricFamily("parbake_log_files", "Files of the prediction log.", rows.files)
+        yield GaugeMetricFamily("parbake_log_bytes", "Size of the prediction log.", rows.bytes)
 
     def _of_requests(self) -> Iterator[Metric]:
         requests = CounterMetricFamily(

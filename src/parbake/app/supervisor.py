@@ -7,6 +7,7 @@ front beside the old one, then committed; if any part of that fails the old plan
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import socket
 import sys
@@ -14,7 +15,7 @@ import time
 from collections.abc import Awaitable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import msgspec
 from msgspec import Struct
@@ -29,13 +30,16 @@ from parbake.app.control import (
     Drain,
     GetCounts,
     GetMetrics,
+    GetProfiles,
     GetStatistics,
     HeadCounts,
     Load,
+    LogRows,
     Message,
     Ping,
     Prepare,
     Prepared,
+    Profiles,
     StopListening,
     Text,
     Unload,
@@ -58,6 +62,9 @@ from parbake.logs import log
 from parbake.runtime import cpu
 from parbake.runtime.pool import Runner, RunnerPool, end_process
 from parbake.settings import DEADLINE_MS, DeploymentSettings, Mode, Settings, WantedMode
+
+if TYPE_CHECKING:
+    from parbake.app.traffic import TrafficReport
 
 _T = TypeVar("_T")
 
@@ -116,6 +123,11 @@ class VersionStatus(Struct, frozen=True):
     """Whether the mode follows the advisor."""
     why: str = ""
     """Why the mode was changed last, where the advisor did it."""
+    requests: int = 0
+    errors: int = 0
+    """Of the requests, those that were refused or failed."""
+    table_expires: float = 0.0
+    """Unix time at which the table stops to be used; 0 for never."""
 
 
 class Status(Struct, frozen=True):
@@ -174,6 +186,8 @@ class Supervisor:
         self._starting: set[asyncio.subprocess.Process] = set()
         self._front_restarts = 0
         self._gone = AllCounts(())
+        self._gone_restarts: dict[tuple[str, str], int] = {}
+        """Restarts of runners that are no longer there."""
         self._why: dict[str, str] = {}
         self._plan = Plan(0)
         self._placed: dict[tuple[str, str], Placed] = {}
@@ -322,9 +336,14 @@ class Supervisor:
         target = mine[-1]
         if change.bundle:
             target.bundle = str(Path(change.bundle).resolve())
-            target.loaded = True
         if change.table is not None:
             target.table = str(Path(change.table).resolve()) if change.table else ""
+        if change.bundle or change.table:
+            target.loaded = True
+        elif change.mode is None:
+            # Who asks for a deployment by its name wants it to answer, all of it.
+            for version in mine:
+                version.loaded = True
         if change.mode is not None:
             target.auto = change.mode == "auto"
             if change.mode != "auto":
@@ -480,9 +499,13 @@ class Supervisor:
                     front.process.kill()
         needed = [runner for entry in plan.entries for runner in self._runners.get(entry, [])]
         for entry in [entry for entry in self._runners if entry not in plan.entries]:
-            for runner in self._runners.pop(entry):
-                if not any(runner is other for other in needed):
-                    await self._pool.stop(runner)
+            gone = [r for r in self._runners.pop(entry) if not any(r is other for other in needed)]
+            identity = (entry.name, entry.version)
+            self._gone_restarts[identity] = self._gone_restarts.get(identity, 0) + sum(
+                runner.restarts for runner in gone
+            )
+            for runner in gone:
+                await self._pool.stop(runner)
         if any(entry.placement == "process" and entry.mode != "static" for entry in plan.entries):
             self._pool.keep_spare()
         else:
@@ -562,7 +585,7 @@ class Supervisor:
         self._starting.add(process)
         try:
             channel = await Channel.open(ours, self._handle)
-            await channel.call(Configure(self.settings.server, self.grpc_port, at_once), _START_S)
+            await channel.call(Configure(self.settings.server, self.grpc_port, number, at_once), _START_S)
         except BaseException:
             _kill(process)
             raise
@@ -662,6 +685,18 @@ class Supervisor:
         # Of the fronts that are there now: one that ended meanwhile is among those gone.
         return add_counts([self._gone, *(front.counts for front in self._fronts if front.counts is not None)])
 
+    async def traffic(self) -> dict[str, TrafficReport]:
+        """The traffic of each deployment, over the fronts that run now."""
+        # It needs a library that takes its time to import.
+        from parbake.app.traffic import report
+
+        replies = await asyncio.gather(
+            *(front.channel.call(GetProfiles(), _COUNTS_TIMEOUT_S) for front in self._fronts),
+            return_exceptions=True,
+        )
+        parts = [reply.profiles for reply in replies if isinstance(reply, Profiles)]
+        return await asyncio.to_thread(report, parts)
+
     async def metrics(self) -> str:
         """The page for Prometheus."""
         # Not needed to start, and a start should be quick.
@@ -675,24 +710,38 @@ class Supervisor:
                 e.mode,
                 e.digest,
                 self._table_rows.get((e.name, e.version), 0) if e.mode != "dynamic" else 0,
+                e.table_expires if e.table else None,
             )
             for e in self._plan.entries
         ]
         runners = [
-            RunnerState(e.name, e.version, sum(r.restarts for r in rs), sum(r.pid is not None for r in rs))
-            for e, rs in self._runners.items()
+            RunnerState(*identity, self._restarts(identity), sum(r.pid is not None for r in there))
+            for identity in dict.fromkeys((e.name, e.version) for e in self._runners)
+            for there in [self._runners_of(identity)]
         ]
         state = ServerState(self.started, len(self._fronts), self._front_restarts, self._plan.generation)
-        return render(state, versions, runners, counts)
+        traffic = {name: report.traffic for name, report in (await self.traffic()).items()}
+        return render(state, versions, runners, counts, traffic)
 
-    def status(self) -> Status:
-        """What is served, and by which processes."""
+    def _runners_of(self, identity: tuple[str, str]) -> list[Runner]:
+        """The runners of a version. While it changes there are old and new ones, and some are both."""
+        runners = (r for e, rs in self._runners.items() if (e.name, e.version) == identity for r in rs)
+        return list({id(runner): runner for runner in runners}.values())
+
+    def _restarts(self, identity: tuple[str, str]) -> int:
+        """How often runners of a version were started again, those that have been replaced since too."""
+        return self._gone_restarts.get(identity, 0) + sum(r.restarts for r in self._runners_of(identity))
+
+    def status(self, counts: AllCounts | None = None) -> Status:
+        """What is served, by which processes, and (given ``counts``) what it was asked."""
+        outcomes = {(v.name, v.version): v.counts.outcomes for v in counts.versions} if counts else {}
         versions: list[VersionStatus] = []
         for entry in self._plan.entries:
             bundle = self._bundles[(entry.name, entry.version)]
             runners = self._runners.get(entry, [])
             placed = self._placed.get((entry.name, entry.version))
             loaded = [r.loaded.row_us for r in runners if r.loaded is not None]
+            asked = outcomes.get((entry.name, entry.version), {})
             versions.append(
                 VersionStatus(
                     entry.name,
@@ -708,9 +757,12 @@ class Supervisor:
                     bundle.contract.owner,
                     bundle.contract.purpose,
                     tuple(r.pid for r in runners if r.pid is not None),
-                    sum(r.restarts for r in runners),
+                    self._restarts((entry.name, entry.version)),
                     self._is_auto(entry),
                     self._why.get(entry.name, ""),
+                    sum(asked.values()),
+                    sum(asked.values()) - asked.get("ok", 0),
+                    entry.table_expires,
                 )
             )
         return Status(
@@ -785,7 +837,9 @@ def add_counts(parts: Sequence[AllCounts]) -> AllCounts:
                 merged[key] = msgspec.json.decode(msgspec.json.encode(item), type=VersionCounts)
         for code, count in part.refused.items():
             refused[code] = refused.get(code, 0) + count
-    return AllCounts(tuple(merged.values()), sum(part.connections for part in parts), refused)
+    logs = [part.log for part in parts if part.log is not None]
+    rows = functools.reduce(LogRows.plus, logs) if logs else None
+    return AllCounts(tuple(merged.values()), sum(part.connections for part in parts), refused, rows)
 
 
 def listen(host: str, port: int) -> socket.socket:

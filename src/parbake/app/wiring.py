@@ -6,7 +6,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from parbake.errors import SettingsError
+from parbake.monitoring.model import LogOptions
+from parbake.monitoring.service import Monitor
 from parbake.serving.ports import PredictionTable
+from parbake.settings import ServerSettings
 from parbake.tables import lmdb
 
 
@@ -30,3 +34,35 @@ def table_facts(path: Path) -> TableFacts:
     """Which table is published at a path, and when it was baked. Raises `TableTorn` or `TableTooNew`."""
     lineage = lmdb.read_lineage(path)
     return TableFacts(lineage.digest, datetime.fromisoformat(lineage.created).timestamp())
+
+
+def monitor_of(settings: ServerSettings, front: int) -> Monitor | None:
+    """What a front keeps of its traffic, None where it keeps nothing.
+
+    Raises `SettingsError` where the folder of the prediction log cannot be made.
+    """
+    prediction_log = None
+    if settings.prediction_log:
+        # It brings pyarrow along, which takes its time to import.
+        from parbake.monitoring.log import PredictionLog
+
+        options = LogOptions(
+            rate=settings.log_sample,
+            inputs=settings.log_inputs,
+            outputs=settings.log_outputs,
+            file_bytes=settings.log_file_bytes,
+            file_age_s=settings.log_file_s,
+            keep_bytes=settings.log_keep_bytes,
+            keep_age_s=settings.log_keep_s,
+            front=front,
+        )
+        try:
+            prediction_log = PredictionLog(Path(settings.prediction_log), options)
+        except OSError as error:
+            raise SettingsError(
+                f"the prediction log cannot be written to {settings.prediction_log}: {error.strerror or error}",
+                hint="--prediction-log names a folder that this user may write to",
+            ) from error
+    if prediction_log is None and not settings.traffic_profile:
+        return None
+    return Monitor(prediction_log, profiles=settings.traffic_profile)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from parbake.app.advise import Advice
 
 
-class _Shares(click.ParamType):
+class _Shares(click.ParamType[tuple[float, ...]]):
     """``0.01,0.05,0.2``."""
 
     name = "shares"
@@ -38,7 +38,9 @@ class _Shares(click.ParamType):
 
 @click.command(cls=Command, short_help="Say which way of serving is right, and what each would cost.")
 @click.argument("bundle", type=BUNDLE, required=False)
-@click.option("--trace", type=FILE, metavar="FILE", help="Traffic: a file of keys in the order they were asked for.")
+@click.option(
+    "--trace", type=FILE, metavar="FILE", help="Traffic: a file of keys in the order they were asked for."
+)
 @click.option(
     "--budget",
     "budgets",
@@ -165,21 +167,34 @@ def traffic_lines(advice: Advice) -> list[str]:
     sample = f", a sample of {traffic.sampled:.3g} of the keys" if traffic.sampled < 1 else ""
     points = [round(distinct.value * share) for share in (0.01, 0.05, 0.2)]
     shares = ", ".join(
-        f"{100 * traffic.share_of(max(keys, 1)):.0f} % by {max(keys, 1):,} keys" for keys in points
+        f"top {max(keys, 1):,} keys {100 * traffic.share_of(max(keys, 1)):.0f} %" for keys in points
     )
+    first = f"{100 * traffic.first_touch:.1f} %"
+    first = f"{100 * traffic.first_touch:.1f} %"
+    turnover = "" if traffic.turnover is None else f"; {100 * traffic.turnover:.0f} % of the head changes"
     return [
         f"traffic      {traffic.requests:,} requests{window}{rate} ({traffic.source}{sample})",
-        f"cardinality  {_figure(distinct, ',.0f')} different keys; {100 * traffic.first_touch:.1f} % of the requests are the "
-        f"first for their key",
-        f"peakedness   {_figure(traffic.peakedness, '.2f')} (0 flat, 1 one key only); carried: {shares}; "
-        f"{100 * traffic.turnover:.0f} % of the head is new from one tenth to the next",
+        f"cardinality  {_figure(distinct, ',.0f')} different keys; {first} of the requests are the first for their key",
+        f"peakedness   {traffic.peakedness:.2f} (0 flat, 1 one key only); {shares}{turnover}",
     ]
 
 
 def _show_options(advice: Advice) -> None:
     options = advice.recommendation.options
     priced = advice.prices.given
-    titles = ["", "way", "coverage", "p50", "p99", "most/s", "per core", "CPU s/h", "wasted", "storage", "stale"]
+    titles = [
+        "",
+        "way",
+        "coverage",
+        "p50",
+        "p99",
+        "most/s",
+        "per core",
+        "CPU s/h",
+        "wasted",
+        "storage",
+        "stale",
+    ]
     titles += ["cost/h"] if priced else []
     rows = [
         [
@@ -191,7 +206,7 @@ def _show_options(advice: Advice) -> None:
             f"{option.most_per_s:,.0f}",
             f"{option.per_core_s:,.0f}",
             f"{option.compute_s:,.1f}",
-            f"{option.wasted_s:,.2g}" if option.wasted_s else "0",
+            "?" if option.wasted_s is None else f"{option.wasted_s:,.2g}" if option.wasted_s else "0",
             size(option.storage_bytes),
             _stale(option),
             *([f"{option.hour_cost:.4g}"] if priced else []),

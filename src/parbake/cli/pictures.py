@@ -14,7 +14,8 @@ from parbake.errors import MissingExtra, SettingsError
 if TYPE_CHECKING:
     from parbake.app.advise import Advice
 
-_HEIGHT: Final = 10
+_HEIGHT: Final = 11
+"""Odd, so that a line stands for one half."""
 _WIDTH_WITHOUT_TERMINAL: Final = 110
 _DOTS: Final = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 """Bits of a braille character by row and column (Unicode chapter 21.1)."""
@@ -80,10 +81,8 @@ def _coverage_lines(advice: Advice, room: int, plain: bool) -> list[str]:
     axis = [" "] * columns
     for decade in range(decades + 1):
         word = f"{10**decade:,}"
-        at = round(decade / math.log10(most) * (columns - 1))
-        for offset, letter in enumerate(word):
-            if at + offset < columns:
-                axis[at + offset] = letter
+        at = min(round(decade / math.log10(most) * (columns - 1)), columns - len(word))
+        axis[at : at + len(word)] = word
     lines.append(f"{'':6} {'+' if plain else '└'}{''.join(axis).rstrip()} keys")
     return lines
 
@@ -163,8 +162,12 @@ def write_picture(advice: Advice, path: Path) -> None:
         right.plot(budgets, values, style, color="black", label=f"hybrid, {name}", markerfacecolor="white")
     for option in advice.recommendation.options:
         if option.mode != "hybrid":
-            right.axhline(1e3 * option.mean_s, color="0.6", linestyle="--" if option.mode == "static" else ":")
-            right.annotate(f"{option.mode}, mean", (budgets[0] if budgets else 1, 1e3 * option.mean_s), va="bottom")
+            right.axhline(
+                1e3 * option.mean_s, color="0.6", linestyle="--" if option.mode == "static" else ":"
+            )
+            right.annotate(
+                f"{option.mode}, mean", (budgets[0] if budgets else 1, 1e3 * option.mean_s), va="bottom"
+            )
     right.set_yscale("log")
     right.set_xlabel("budget, % of the keys")
     right.set_ylabel("ms")

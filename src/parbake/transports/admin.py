@@ -2,9 +2,10 @@
 
 ====== ============================ =====================================================
 GET    /admin/status                what is served, by which processes
-POST   /admin/reload                ``{"changes": [{"name", "bundle", "table"}]}``, all optional
+POST   /admin/reload                ``{"changes": [{"name", "bundle", "table", "mode"}]}``, all optional
 POST   /admin/models/NAME/load      load a configured deployment (again)
 POST   /admin/models/NAME/unload    unload it
+GET    /admin/traffic               cardinality, peakedness and coverage curve by deployment
 GET    /metrics                     as on the serving port
 GET    /admin/health                no token needed
 ====== ============================ =====================================================
@@ -100,7 +101,10 @@ class _Admin:
         match parts:
             case ["admin", "status"]:
                 allow(exchange, b"GET")
-                return msgspec.json.encode(self._supervisor.status()), JSON
+                return msgspec.json.encode(self._supervisor.status(await self._supervisor.counts())), JSON
+            case ["admin", "traffic"]:
+                allow(exchange, b"GET")
+                return msgspec.json.encode(await self._supervisor.traffic()), JSON
             case ["metrics"]:
                 allow(exchange, b"GET")
                 return (

@@ -51,6 +51,7 @@ class FrontProcess:
         """Answer one call of the supervisor."""
         if isinstance(message, Configure):
             self._configure(message.settings, message.grpc_port)
+            self.front.configure(message.settings, message.number)
             if message.at_once:
                 await self._listen()
             return Done()
@@ -92,8 +93,8 @@ class FrontProcess:
 
     async def _listen(self) -> None:
         """Accept connections from now on."""
-        settings, router, site, access = self._settings, self._router, self._site, self._access
-        if settings is None or router is None or site is None or access is None:
+        settings, site, access = self._settings, self._site, self._access
+        if settings is None or site is None or access is None:
             raise NotReady("the front has not been told how to serve")
         self._tls = tls_context(settings)
         # The server closes its socket when it stops; this one is for the connections made until then.
@@ -111,7 +112,7 @@ class FrontProcess:
         if self._grpc_port is not None:
             from parbake.transports.grpc.server import serve_grpc
 
-            self._stop_grpc = await serve_grpc(self.front, router, settings, access, self._grpc_port)
+            self._stop_grpc = await serve_grpc(self.front, settings, access, self._grpc_port)
 
     def _tick(self, site: Site) -> None:
         site.check_time()
@@ -164,6 +165,7 @@ class FrontProcess:
             await asyncio.sleep(0.005)
         if stopping_grpc is not None:
             await stopping_grpc
+        await self.front.close()
 
 
 def tls_context(settings: ServerSettings) -> ssl.SSLContext | None:

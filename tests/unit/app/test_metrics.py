@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import time
+
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from parbake.app.control import AllCounts, VersionCounts
+from parbake.app.control import AllCounts, HeadCounts, LogRows, VersionCounts
 from parbake.app.metrics import RunnerState, ServerState, VersionState, render
 from parbake.app.supervisor import add_counts
+from parbake.monitoring.model import Estimate, Traffic
 from parbake.serving.stats import BOUNDS_S, Stats
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -36,16 +40,21 @@ def counted() -> Stats:
 
 
 def test_the_page_holds_what_was_counted() -> None:
-    counts = AllCounts((VersionCounts("eta", "1", counted().counts(5)),), 4, {"model_not_found": 7})
+    head = HeadCounts(rows=6, bytes=70, stored=8, evicted=2, joined=1)
+    logged = LogRows(written=5, dropped_ring=2, files=1, bytes=1000)
+    counts = AllCounts(
+        (VersionCounts("eta", "1", counted().counts(5), head),), 4, {"model_not_found": 7}, logged
+    )
     page = samples(
         render(
             ServerState(1000.0, 2, 1, 3),
             [
-                VersionState("eta", "1", "hybrid", "sha256:0", 99),
+                VersionState("eta", "1", "hybrid", "sha256:0", 99, 0.0),
                 VersionState("b", "1", "dynamic", "sha256:1", 0),
             ],
             [RunnerState("eta", "1", 5, 1)],
             counts,
+            {"eta": Traffic(10, Estimate(4, 4, 4), 0.5, 0.4, (), 1.0, 0.25, 0.0)},
         )
     )
     eta = {"deployment": "eta", "version": "1"}
@@ -56,6 +65,17 @@ def test_the_page_holds_what_was_counted() -> None:
     assert value(page, "parbake_connections") == 4
     assert value(page, "parbake_version_info", **eta, mode="hybrid", digest="sha256:0") == 1
     assert value(page, "parbake_table_rows", **eta) == 99
+    assert value(page, "parbake_head_rows", **eta) == 6
+    assert value(page, "parbake_head_bytes", **eta) == 70
+    assert value(page, "parbake_head_changes_total", **eta, change="evicted") == 2
+    assert value(page, "parbake_joined_rows_total", **eta) == 1
+    assert value(page, "parbake_traffic_keys", deployment="eta") == 4
+    assert value(page, "parbake_traffic_peakedness", deployment="eta") == 0.5
+    assert value(page, "parbake_traffic_first_touch_ratio", deployment="eta") == 0.4
+    assert value(page, "parbake_traffic_turnover_ratio", deployment="eta") == 0.25
+    assert value(page, "parbake_log_rows_total", outcome="written") == 5
+    assert value(page, "parbake_log_rows_total", outcome="dropped_ring") == 2
+    assert value(page, "parbake_log_bytes") == 1000
     assert ("parbake_table_rows", frozenset({"deployment": "b", "version": "1"}.items())) not in page
     assert value(page, "parbake_runner_restarts_total", **eta) == 5
     assert value(page, "parbake_runners_up", **eta) == 1
@@ -76,9 +96,24 @@ def test_the_page_holds_what_was_counted() -> None:
     assert abs(value(page, f"{stage}_sum", **eta, stage="total") - 0.00403) < 1e-9
 
 
+def test_an_expired_table_shows() -> None:
+    now = time.time()
+    versions = [
+        VersionState(name, "1", "hybrid", "sha256:0", 9, expires)
+        for name, expires in (("old", now - 5), ("fresh", now + 500), ("ageless", 0.0), ("none", None))
+    ]
+    page = samples(render(ServerState(0, 1, 0, 1), versions, [], AllCounts(()), {}))
+    expired, expires = (
+        {dict(labels)["deployment"]: number for (name, labels), number in page.items() if name == wanted}
+        for wanted in ("parbake_table_expired", "parbake_table_expires_timestamp_seconds")
+    )
+    assert expired == {"old": 1, "fresh": 0, "ageless": 0}
+    assert expires == {"old": pytest.approx(now - 5), "fresh": pytest.approx(now + 500)}
+
+
 def test_buckets_are_cumulative_and_end_with_everything() -> None:
     counts = AllCounts((VersionCounts("eta", "1", counted().counts(5)),))
-    page = samples(render(ServerState(0, 1, 0, 1), [], [], counts))
+    page = samples(render(ServerState(0, 1, 0, 1), [], [], counts, {}))
     labels = {"deployment": "eta", "version": "1", "stage": "total"}
     buckets = [
         value(page, "parbake_request_duration_seconds_bucket", **labels, le=str(bound)) for bound in BOUNDS_S
@@ -109,5 +144,5 @@ def test_the_counts_of_fronts_add_up_and_stay_what_they_were() -> None:
 
 def test_odd_names_are_written_so_that_they_can_be_read_again() -> None:
     name = 'a"b\\c\nd'
-    page = samples(render(ServerState(0, 1, 0, 1), [], [RunnerState(name, "1", 1, 1)], AllCounts(())))
+    page = samples(render(ServerState(0, 1, 0, 1), [], [RunnerState(name, "1", 1, 1)], AllCounts(()), {}))
     assert value(page, "parbake_runners_up", deployment=name, version="1") == 1

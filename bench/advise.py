@@ -1,0 +1,309 @@
+"""Hold the advisor to its word: what it predicts for three models and two traces, and what the server then does.
+
+Each model is measured as ``parbake advise`` does it. For each trace and way of serving the advisor's model of the
+server is followed from a cold start for as long as the real server is put under load afterwards, with as many
+connections; what the load generator itself costs, on the same CPUs, is measured beforehand against a server that
+does nothing, and the advisor is told.
+"""
+
+from __future__ import annotations
+
+import lzma
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from bench.load import Load as Requests
+from bench.load import Measured, put
+from bench.machine import this_machine
+from bench.network import packed_network, row_body, rows_of
+from bench.processes import peer
+from bench.report import Section, Table, at_most
+from parbake.advisor.model import Costs, Load
+from parbake.advisor.queueing import Answers, Simulated, simulate
+from parbake.advisor.traffic import Keys, numbered
+from parbake.app.advise import LearnedHead
+from parbake.app.measure import examples_of, measure, quick_table
+from parbake.contract.bundle import StoredBundle
+from parbake.contract.key import Keys as RowKeys
+from parbake.testing import serving
+
+TRACES: Final = Path(__file__).parents[2] / "shared" / "traces"
+_CONSTANT: Final = Path(__file__).parent / "peers" / "constant.py"
+_CONNECTIONS: Final = 32
+_FEATURES: Final = 10
+_SIDE: Final = 32
+_CHANNELS: Final = 32
+_LARGE: Final = 20
+_SEED: Final = 7
+_BUDGET: Final = 0.05
+_WARM_UP_S: Final = 0.5
+_NEVER: Final = 1 << 60
+
+Rows = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One way of serving one model under one trace."""
+
+    model: str
+    trace: str
+    way: str
+    predicted: Simulated
+    observed: Measured
+    observed_coverage: float
+
+    def ratios(self) -> dict[str, float]:
+        """Predicted in ratio to observed."""
+        found = {
+            "requests/s": self.predicted.per_s / self.observed.requests_per_s,
+            "p50": self.predicted.p50_s * 1e3 / self.observed.p50_ms,
+        }
+        if self.observed_coverage:
+            found["coverage"] = self.predicted.coverage / self.observed_coverage
+        return found
+
+
+def run(folder: Path, *, seconds: float, quick: bool, say: Callable[[str], None]) -> Section:
+    """Predict, run and compare. ``quick`` takes the first model and trace only."""
+    say("the load generator")
+    client_s = _client_s(min(seconds, 1.0))
+    traces, generated = _traces()
+    cases: list[Case] = []
+    sizes: dict[str, tuple[float, float]] = {}
+    named: list[tuple[str, int]] = [("microseconds", 0), ("about 1 ms", 6), ("about 20 ms", 80)]
+    if quick:
+        named, traces = named[:1], traces[:1]
+    measured: dict[str, Costs] = {}
+    for what, layers in named:
+        say(f"{what}: packing")
+        rows = rows_of(max(int(keys.max()) + 1 for _, keys in traces))
+        bundle = packed_network(folder / what.replace(" ", "-"), layers, rows[: 256 if layers < 10 else 8])
+        costs = measured[what] = measure(
+            bundle,
+            connections=_CONNECTIONS,
+            deadline_s=10.0,
+            stage=lambda words, what=what: say(f"{what}: {words}"),  # type: ignore[misc]
+        )
+        bodies = tuple(row_body(row) for row in rows)
+        keys_of = RowKeys(bundle.contract)
+        hashes = [keys_of.of([row.tobytes()], 1)[0] for row in rows]
+        # A lookup takes as long whatever it finds: one record for all keys.
+        every = cycle(examples_of(bundle).records)
+        for trace, keys in traces:
+            distinct = int(keys.max()) + 1
+            table = bundle.path.parent / f"{trace}.table"
+            real = quick_table(bundle, hashes[:distinct], [next(every) for _ in range(distinct)], table)
+            sizes[f"{what}, {trace}"] = (distinct * costs.table_row_bytes, float(real))
+            for way in ("dynamic", "static", "hybrid"):
+                say(f"{what}, {trace}: {way}")
+                cases.append(_case(what, trace, way, keys, bundle, table, bodies, costs, client_s, seconds))
+    return _section(cases, sizes, measured, client_s, seconds, generated)
+
+
+def _case(
+    model: str,
+    trace: str,
+    way: str,
+    keys: Keys,
+    bundle: StoredBundle,
+    table: Path,
+    bodies: tuple[bytes, ...],
+    costs: Costs,
+    client_s: float,
+    seconds: float,
+) -> Case:
+    head_rows = max(int((int(keys.max()) + 1) * _BUDGET), 1)
+    words = ["--mode", way, "--workers", "1"]
+    words += ["--table", str(table)] if way == "static" else []
+    words += ["--head-rows", str(head_rows)] if way == "hybrid" else []
+    order = tuple(keys.tolist())
+    predicted = simulate(
+        costs,
+        Load(_CONNECTIONS),
+        _answers(way, order, head_rows),
+        requests=_NEVER,
+        most_s=_WARM_UP_S + seconds,
+        warm_up_s=_WARM_UP_S,
+        client_s=client_s,
+    )
+    with serving(bundle.path, arguments=words) as server:
+        path = f"/v2/models/{bundle.contract.name}/infer"
+        observed = put(
+            Requests(
+                server.port,
+                path,
+                bodies[: int(keys.max()) + 1],
+                order,
+                _CONNECTIONS,
+                seconds,
+                warm_up_s=_WARM_UP_S,
+            )
+        )
+        if observed.failed or observed.unknown:
+            raise RuntimeError(f"{way}: {observed.failed} failures; first: {observed.complaint}")
+        coverage = _coverage(server.url)
+    return Case(model, trace, way, predicted, observed, coverage)
+
+
+def _answers(way: str, order: tuple[int, ...], head_rows: int) -> Answers:
+    many = len(order)
+    if way == "dynamic":
+        return Answers(lambda number: False, lambda number: None)
+    if way == "static":
+        return Answers(lambda number: True, lambda number: None)
+    head = LearnedHead(head_rows, None)
+    return Answers(
+        lambda number: head.hit(order[number % many]),
+        lambda number: head.computed(order[number % many]),
+        lambda number: order[number % many],
+    )
+
+
+def _coverage(url: str) -> float:
+    import urllib.request
+
+    with urllib.request.urlopen(f"{url}/metrics", timeout=10) as reply:
+        text = reply.read().decode()
+    found = {"parbake_rows_total{": 0.0, "parbake_table_hits_total{": 0.0}
+    for line in text.splitlines():
+        for name in found:
+            if line.startswith(name):
+                found[name] += float(line.rpartition(" ")[2])
+    rows, hits = found.values()
+    return hits / rows if rows else 0.0
+
+
+def _client_s(seconds: float) -> float:
+    """CPU time of the load generator per request."""
+    body = row_body(rows_of(1)[0])
+    with peer(_CONSTANT) as (_, port):
+        seen = put(Requests(port, "/", (body,), (0,), _CONNECTIONS, seconds, warm_up_s=0.2))
+    return seen.busy * seen.seconds / seen.requests
+
+
+def _traces() -> tuple[list[tuple[str, Keys]], bool]:
+    """Two traces; made with a fixed seed where the real ones are not there."""
+    paths = [TRACES / f"{name}.trace.xz" for name in ("web12", "web07")]
+    if all(path.exists() for path in paths):
+        return [
+            (path.name.partition(".")[0], numbered(np.frombuffer(lzma.decompress(path.read_bytes()), ">u4")))
+            for path in paths
+        ], False
+    random = np.random.default_rng(_SEED)
+    zipf = _zipf(random, 80_000, 15_000)
+    # A head that moves on by a hundredth of the keys with each thousandth of the requests.
+    shifting = (_zipf(random, 80_000, 15_000) + np.arange(80_000) // 80 * 15) % 20_000
+    return [("zipf", numbered(zipf)), ("shifting head", numbered(shifting))], True
+
+
+def _zipf(random: np.random.Generator, requests: int, keys: int) -> npt.NDArray[np.int64]:
+    weights = 1 / np.arange(1, keys + 1)
+    return random.choice(keys, requests, p=weights / weights.sum())
+
+
+def _section(
+    cases: list[Case],
+    sizes: dict[str, tuple[float, float]],
+    measured: dict[str, Costs],
+    client_s: float,
+    seconds: float,
+    generated: bool,
+) -> Section:
+    lines = tuple(
+        (
+            f"{case.model}, {case.trace}, {case.way}",
+            f"{case.predicted.per_s:,.0f}",
+            f"{case.observed.requests_per_s:,.0f}",
+            f"{case.ratios()['requests/s']:.2f}",
+            f"{case.predicted.p50_s * 1e3:.3f}",
+            f"{case.observed.p50_ms:.3f}",
+            f"{case.ratios()['p50']:.2f}",
+            f"{case.predicted.coverage:.3f}",
+            f"{case.observed_coverage:.3f}",
+        )
+        for case in cases
+    )
+    targets = []
+    for figure in ("requests/s", "p50", "coverage"):
+        off = [
+            (abs(ratio - 1), f"{case.model}, {case.trace}, {case.way}")
+            for case in cases
+            if (ratio := case.ratios().get(figure)) is not None
+        ]
+        if off:
+            worst, where = max(off)
+            targets.append(
+                at_most(f"{figure}: predicted against observed, off by (worst: {where})", worst, 0.15)
+            )
+    off_size = max(abs(predicted / real - 1) for predicted, real in sizes.values())
+    targets.append(at_most("table size: predicted against real, off by", off_size, 0.05))
+    source = (
+        "generated with a fixed seed (the traces of a shop are not here)"
+        if generated
+        else "of a shop's pages"
+    )
+    return Section(
+        key="advise",
+        title="The advisor's word",
+        how=(
+            f"Predicted by the advisor from what it measured on this machine, and observed: {_CONNECTIONS} connections "
+            f"that never rest for {seconds:g} s after {_WARM_UP_S:g} s, from a cold start, hybrid with a learned head "
+            f"of {100 * _BUDGET:g} % of the keys. Load from bench/load.py on the same CPUs, which takes "
+            f"{client_s * 1e6:.1f} us of CPU time for a request, and the prediction counts that in. Traces {source}."
+        ),
+        tables=(
+            Table(
+                "Predicted and observed",
+                (
+                    "model, trace, way",
+                    "req/s predicted",
+                    "observed",
+                    "ratio",
+                    "p50 ms predicted",
+                    "observed",
+                    "ratio",
+                    "coverage predicted",
+                    "observed",
+                ),
+                lines,
+            ),
+            Table(
+                "Bytes of the table of all keys",
+                ("model, trace", "predicted", "real", "ratio"),
+                tuple(
+                    (name, f"{predicted:,.0f}", f"{real:,.0f}", f"{predicted / real:.3f}")
+                    for name, (predicted, real) in sizes.items()
+                ),
+            ),
+        ),
+        targets=tuple(targets),
+        machine=this_machine(),
+        figures={
+            "cases": [
+                {
+                    "model": case.model,
+                    "trace": case.trace,
+                    "way": case.way,
+                    "predicted": msgspec.to_builtins(case.predicted),
+                    "observed": {
+                        "requests_per_s": case.observed.requests_per_s,
+                        "p50_ms": case.observed.p50_ms,
+                        "p99_ms": case.observed.p99_ms,
+                        "coverage": case.observed_coverage,
+                        "client_busy": case.observed.busy,
+                    },
+                }
+                for case in cases
+            ],
+            "costs": {what: msgspec.to_builtins(costs) for what, costs in measured.items()},
+            "client_s": client_s,
+        },
+    )

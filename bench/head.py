@@ -1,0 +1,263 @@
+"""The learned head of hybrid mode: what it covers beside other ways to choose, what it gains, and what it costs.
+
+Coverage is replayed without a server. The rest is measured on servers under load: a model of about a millisecond a
+row asked for by a trace, with and without the head; a fixed table against a head of the same content; the prediction
+log on and off; and a release in the middle of traffic.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any, Final
+
+from bench import policies
+from bench.clients import Client
+from bench.load import Load, Measured, put
+from bench.machine import this_machine
+from bench.network import packed_network, row_body, rows_of
+from bench.report import Section, Table, Target, at_least
+from bench.traces import Trace, generated, real
+from parbake.app.bake import bake
+from parbake.app.supervisor import Change
+from parbake.testing import Server, serving
+from parbake.transports import client as admin
+
+BUDGETS: Final = (0.01, 0.05, 0.2)
+_POLICIES: Final[dict[str, Callable[[int, Sequence[int]], float]]] = {
+    "learned": policies.learned,
+    "LRU": policies.lru,
+    "W-TinyLFU": policies.tiny_lfu,
+    "fixed, hindsight": policies.best_fixed,
+    "Belady": policies.belady,
+}
+_CONNECTIONS: Final = 64
+_PATH: Final = "/v2/models/eta/infer"
+_LAYERS: Final = 6
+_BUDGET: Final = 0.2
+_ALLOWED: Final = 0.01
+
+
+def run(
+    client: Client, folder: Path, *, rounds: int, seconds: float, quick: bool, say: Callable[[str], None]
+) -> Section:
+    """Measure everything. ``seconds`` is the length of one measurement under load."""
+    traces = real()
+    source = "the traces of a shop's pages"
+    if not traces:
+        source = "traffic made up with a fixed seed (the traces of a shop's pages are not here)"
+        traces = generated()
+    if quick:
+        traces = (Trace(traces[0].name, traces[0].keys[:5000]),)
+    table, figures, targets = _coverage(traces, say)
+    say("packing a model of about 1 ms a row")
+    trace = traces[0]
+    rows = rows_of(trace.distinct)
+    bundle = packed_network(folder / "network", _LAYERS, rows[:256]).path
+    bodies = tuple(row_body(row) for row in rows)
+    gain, gained, gain_figures = _gain(bundle, trace, bodies, seconds, say)
+    costs, costed, cost_figures = _costs(client, folder, bundle, rows, rounds, say)
+    release, released = _release(folder, bundle, trace, bodies, rows, seconds, say)
+    return Section(
+        "head",
+        "The learned head",
+        f"Coverage: share of requests answered from what is kept, replaying {source} from a cold start under a budget "
+        "of rows, in per cent of the trace's keys; the fixed set is the best one chosen in hindsight (first touches "
+        "not counted), Belady's bound is what no cache can do better. Under load: "
+        f"{_CONNECTIONS} connections in a closed loop on the same CPUs, a model of about a millisecond a row.",
+        (table, gain, costs, release),
+        (*targets, *gained, *costed, *released),
+        this_machine(),
+        {"coverage": figures, "gain": gain_figures, "costs": cost_figures},
+    )
+
+
+def _coverage(
+    traces: Sequence[Trace], say: Callable[[str], None]
+) -> tuple[Table, dict[str, Any], list[Target]]:
+    lines: list[tuple[str, ...]] = []
+    figures: dict[str, Any] = {}
+    targets: list[Target] = []
+    for trace in traces:
+        for budget in BUDGETS:
+            say(f"coverage of {trace.name} with {budget:.0%} of the keys")
+            rows = max(1, round(budget * trace.distinct))
+            found = {name: policy(rows, trace.keys) for name, policy in _POLICIES.items()}
+            what = f"{trace.name}, {budget:.0%} ({rows:,} rows)"
+            figures[what] = found
+            lines.append((what, *(f"{value:.3f}" for value in found.values())))
+            best = max(found[name] for name in ("LRU", "W-TinyLFU", "fixed, hindsight"))
+            targets.append(
+                at_least(
+                    f"coverage of {trace.name} with {budget:.0%}, less the best of LRU, W-TinyLFU and fixed",
+                    found["learned"] - best,
+                    -_ALLOWED,
+                )
+            )
+    return Table("Coverage", ("trace, budget", *_POLICIES), tuple(lines)), figures, targets
+
+
+def _gain(
+    bundle: Path, trace: Trace, bodies: tuple[bytes, ...], seconds: float, say: Callable[[str], None]
+) -> tuple[Table, list[Target], dict[str, Any]]:
+    """The trace against dynamic mode and against hybrid mode, both from a cold start."""
+    measured: dict[str, Measured] = {}
+    for mode in ("dynamic", "hybrid"):
+        say(f"{trace.name} in {mode} mode")
+        with serving(bundle, mode=mode, workers=1, head_rows=round(_BUDGET * trace.distinct)) as server:
+            # The hybrid one gets through the trace in about the time that is given.
+            length = seconds if mode == "dynamic" else 4 * seconds
+            measured[mode] = _put(server, bodies, trace.keys, length)
+    dynamic, hybrid = measured["dynamic"], measured["hybrid"]
+    throughput = hybrid.requests_per_s / dynamic.requests_per_s
+    latency = dynamic.p50_ms / hybrid.p50_ms
+    table = Table(
+        f"{trace.name}, a model of about 1 ms a row, a head of {_BUDGET:.0%} of the keys, cold start",
+        ("mode", "requests/s", "p50 ms", "p99 ms"),
+        tuple(
+            (mode, f"{found.requests_per_s:,.0f}", f"{found.p50_ms:.3f}", f"{found.p99_ms:.3f}")
+            for mode, found in measured.items()
+        ),
+    )
+    targets = [
+        at_least("hybrid: requests/s in ratio to dynamic", throughput, 4),
+        at_least("dynamic: p50 in ratio to hybrid", latency, 8),
+    ]
+    return table, targets, {"requests_per_s": throughput, "p50": latency}
+
+
+def _costs(
+    client: Client, folder: Path, bundle: Path, rows: Any, rounds: int, say: Callable[[str], None]
+) -> tuple[Table, list[Target], dict[str, Any]]:
+    """Server CPU per request with something switched on, in ratio to without it: pairs, one after the other."""
+    count = 1000
+    bodies = tuple(row_body(row) for row in rows[:count])
+    table = _baked(folder, bundle, rows[:count], "fixed")
+    log = str(folder / "log")
+    pairs: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+        (
+            "a head that learns, in ratio to a fixed table of the same content",
+            {"mode": "hybrid", "table": str(table), "head_rows": 0},
+            {"mode": "hybrid", "head_rows": count},
+        ),
+        (
+            "the prediction log on, in ratio to off: table hits",
+            {"mode": "static", "table": str(table)},
+            {"mode": "static", "table": str(table), "prediction_log": log},
+        ),
+    ]
+    lines: list[tuple[str, ...]] = []
+    targets: list[Target] = []
+    figures: dict[str, Any] = {}
+    for what, without, with_ in pairs:
+        ratios: list[float] = []
+        with serving(bundle, workers=1, **without) as one, serving(bundle, workers=1, **with_) as other:
+            _put(other, bodies, range(count), 2.0)
+            for number in range(rounds):
+                say(f"{what}, round {number + 1} of {rounds}")
+                before = client.put(one.port, _PATH, bodies, _CONNECTIONS, 1.0).requests_per_s
+                there = client.put(other.port, _PATH, bodies, _CONNECTIONS, 1.0).requests_per_s
+                after = client.put(one.port, _PATH, bodies, _CONNECTIONS, 1.0).requests_per_s
+                ratios.append(there / ((before + after) / 2))
+        ratio = median(ratios)
+        figures[what] = ratios
+        lines.append((what, f"{ratio:.3f}", f"{min(ratios):.3f}", f"{max(ratios):.3f}"))
+        targets.append(at_least(f"requests/s, {what}", ratio, 0.95))
+    return (
+        Table("What it costs: requests/s in ratio", ("", "median", "least", "most"), tuple(lines)),
+        targets,
+        figures,
+    )
+
+
+def _release(
+    folder: Path,
+    bundle: Path,
+    trace: Trace,
+    bodies: tuple[bytes, ...],
+    rows: Any,
+    seconds: float,
+    say: Callable[[str], None],
+) -> tuple[Table, list[Target]]:
+    """Coverage in the second after a new version took over, in ratio to the second before."""
+    say("a release under traffic")
+    second = packed_network(folder / "second", _LAYERS, rows[:256], seed=8).path
+    with serving(bundle, mode="hybrid", workers=1, head_rows=round(_BUDGET * trace.distinct)) as server:
+        done: list[Measured] = []
+        asking = threading.Thread(
+            target=lambda: done.append(_put(server, bodies, trace.keys, 8 * seconds + 20, connections=8))
+        )
+        asking.start()
+        time.sleep(4 * seconds)
+        swapped: list[float] = []
+        changing = threading.Thread(
+            target=lambda: swapped.append(
+                admin.reload([Change(bundle=str(second))], port=server.port).seconds
+            )
+        )
+        before = _counted(server)
+        changing.start()
+        samples = [(time.monotonic(), *before)]
+        while changing.is_alive() or time.monotonic() < samples[-1][0] + 1.2:
+            if not changing.is_alive() and swapped and len(swapped) == 1:
+                swapped.append(time.monotonic())
+            time.sleep(0.1)
+            if changing.is_alive():
+                samples.append((time.monotonic(), *_counted(server)))
+        after = _counted(server)
+        last, at_swap = samples[max(0, len(samples) - 12)], samples[-1]
+        coverage_before = (at_swap[2] - last[2]) / max(at_swap[1] - last[1], 1)
+        coverage_after = (after[1] - at_swap[2]) / max(after[0] - at_swap[1], 1)
+        asking.join()
+    ratio = coverage_after / coverage_before if coverage_before else 0.0
+    table = Table(
+        "A release in the middle of traffic",
+        ("", "coverage in the second before", "in the second after", "baking took s"),
+        (
+            (
+                f"{trace.name}, 8 connections",
+                f"{coverage_before:.3f}",
+                f"{coverage_after:.3f}",
+                f"{swapped[0]:.1f}",
+            ),
+        ),
+    )
+    return table, [at_least("coverage after a release, in ratio to before", ratio, 0.95)]
+
+
+def _put(
+    server: Server,
+    bodies: tuple[bytes, ...],
+    order: Sequence[int],
+    seconds: float,
+    connections: int = _CONNECTIONS,
+) -> Measured:
+    found = put(Load(server.port, _PATH, bodies, tuple(order), connections, seconds, warm_up_s=0.2))
+    if found.failed or found.unknown:
+        raise RuntimeError(f"{found.failed + found.unknown} failures; first: {found.complaint}")
+    return found
+
+
+def _baked(folder: Path, bundle: Path, rows: Any, name: str) -> Path:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    lists = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), rows.shape[1])
+    pq.write_table(pa.table({"x": lists}), folder / f"{name}.parquet")
+    bake(bundle, folder / f"{name}.parquet", folder / f"{name}.table", workers=1)
+    return folder / f"{name}.table"
+
+
+def _counted(server: Server) -> tuple[float, float]:
+    """Rows answered, and those of them from the head."""
+    with urllib.request.urlopen(f"{server.url}/metrics", timeout=10) as reply:
+        lines = reply.read().decode().splitlines()
+
+    def total(name: str) -> float:
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name + "{"))
+
+    return total("parbake_rows_total"), total("parbake_table_hits_total")

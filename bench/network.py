@@ -1,0 +1,100 @@
+"""A network that takes as long as one wants: convolutions one after another, the same for each row."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+import parbake
+from parbake.contract.bundle import StoredBundle, read_bundle
+
+_FEATURES: Final = 10
+_SIDE: Final = 32
+_CHANNELS: Final = 32
+_SEED: Final = 7
+
+Rows = npt.NDArray[np.float32]
+
+
+def packed_network(folder: Path, layers: int, example: Rows, seed: int = _SEED) -> StoredBundle:
+    """A network that takes the longer the more convolutions it has, for each row alike."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    random = np.random.default_rng(seed)
+    weights: list[Any] = []
+
+    def tensor(name: str, value: npt.NDArray[Any]) -> str:
+        weights.append(numpy_helper.from_array(value, name))
+        return name
+
+    def normal(name: str, *shape: int) -> str:
+        scale = np.sqrt(2 / np.prod(shape[1:]))
+        return tensor(name, (random.normal(size=shape) * scale).astype(np.float32))
+
+    nodes: list[Any] = []
+    name = "x"
+    if layers:
+        pixels = _SIDE * _SIDE
+        nodes += [
+            helper.make_node("MatMul", ["x", normal("spread", _FEATURES, pixels)], ["flat"]),
+            helper.make_node(
+                "Reshape", ["flat", tensor("shape", np.array([-1, 1, _SIDE, _SIDE]))], ["image"]
+            ),
+        ]
+        name = "image"
+        for i in range(layers):
+            kernel = normal(f"k{i}", _CHANNELS, 1 if i == 0 else _CHANNELS, 3, 3)
+            nodes += [
+                helper.make_node("Conv", [name, kernel], [f"c{i}"], pads=[1, 1, 1, 1]),
+                helper.make_node("Relu", [f"c{i}"], [f"r{i}"]),
+            ]
+            name = f"r{i}"
+        nodes += [
+            helper.make_node("GlobalAveragePool", [name], ["mean"]),
+            helper.make_node("Flatten", ["mean"], ["features"]),
+        ]
+        name = "features"
+    width = _CHANNELS if layers else _FEATURES
+    nodes.append(helper.make_node("MatMul", [name, normal("last", width, 2)], ["z"]))
+    nodes.append(helper.make_node("Softmax", ["z"], ["p"]))
+    graph = helper.make_graph(
+        nodes,
+        "eta",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", _FEATURES])],
+        [helper.make_tensor_value_info("p", TensorProto.FLOAT, ["N", 2])],
+        weights,
+    )
+    folder.mkdir(parents=True)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    onnx.save(model, folder / "model.onnx")
+    bundle = parbake.pack(
+        folder / "model.onnx",
+        name="eta",
+        example={"x": example},
+        purpose="measured by bench/",
+        owner="bench@parbake.example",
+        out=folder / "eta.bundle",
+    )
+    return read_bundle(bundle.path)
+
+
+def rows_of(count: int) -> Rows:
+    """Distinct rows with few digits."""
+    random = np.random.default_rng(_SEED)
+    rows: Rows = random.normal(size=(count, _FEATURES)).round(3).astype(np.float32)
+    # Distinct by construction.
+    rows[:, 0] = np.arange(count)
+    return rows
+
+
+def row_body(row: Rows) -> bytes:
+    """A request for one row, of the Open Inference Protocol."""
+    data = [float(str(value)) for value in row]
+    return msgspec.json.encode(
+        {"inputs": [{"name": "x", "shape": [1, len(row)], "datatype": "FP32", "data": data}]}
+    )

@@ -1,0 +1,326 @@
+"""Follow requests through front and model, event by event: what throughput and latency would be.
+
+The model of the server: each front is one thread and answers in the order of arrival. A request from the table is
+done there; any other waits for the model. At the end of a turn of the front's event loop (it has answered
+everybody who had come when the turn began) all who wait go as one batch, if the model is free. In a process of its
+own the model works beside the front, and hits never wait for it; in the front it holds everybody up. The same key
+is computed once for all who wait for it, where ``keys`` are told apart. While more threads want to run than there
+are cores, each gets its share (processor sharing).
+
+What it leaves out: several fronts are taken for one that is as much quicker; other programs on the machine, the
+spread of the model's time around its median, refusals by deadline, and requests of many rows.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from parbake.advisor.model import Costs, Load
+
+_FRONT, _MODEL, _CLIENT = 0, 1, 2
+_ARRIVE, _RECEIVE, _BATCH, _BACK = 0, 1, 2, 3
+_NEVER: Final = float("inf")
+_SEED: Final = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What is kept, request by request: numbers count from 0 in the order of arrival.
+
+    ``hit`` says whether the request is answered without the model, ``computed`` tells that its answer was computed
+    just now, ``key`` names its key for requests that are computed together (None: nobody shares).
+    """
+
+    hit: Callable[[int], bool]
+    computed: Callable[[int], None]
+    key: Callable[[int], int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Simulated:
+    """What came of it, after the warm-up."""
+
+    requests: int
+    seconds: float
+    p50_s: float
+    p99_s: float
+    mean_s: float
+    coverage: float
+    front_s: float
+    """CPU seconds of the front per request."""
+    model_s: float
+    """Time of the model per request."""
+    batch_rows: float
+    """Mean batch; 0 where the model never ran."""
+    arrived: int
+    """All requests that came, the warm-up too."""
+
+    @property
+    def per_s(self) -> float:
+        """Requests per second."""
+        return self.requests / self.seconds if self.seconds > 0 else 0.0
+
+
+def simulate(
+    costs: Costs,
+    load: Load,
+    answers: Answers,
+    *,
+    requests: int,
+    warm_up: int = 0,
+    client_s: float = 0.0,
+    most_s: float = _NEVER,
+    warm_up_s: float = 0.0,
+) -> Simulated:
+    """Follow ``requests`` requests (or ``most_s`` seconds); the first ``warm_up`` (``warm_up_s`` seconds) do not count.
+
+    ``client_s`` is the CPU time that one client process on the same machine spends on each request.
+    """
+    return _Simulation(costs, load, answers, client_s).run(requests, warm_up, most_s, warm_up_s)
+
+
+class _Simulation:
+    def __init__(self, costs: Costs, load: Load, answers: Answers, client_s: float) -> None:
+        front = costs.front
+        quicker = max(costs.fronts, 1)
+        self._costs = costs
+        self._load = load
+        self._answers = answers
+        self._hit_s = front.hit_s / quicker
+        # Half of it when the request comes, half when its answer goes.
+        self._miss_s = (front.miss_s + (front.learn_s if answers.key is not None else 0.0)) / quicker / 2
+        self._turn_s = front.turn_s / quicker
+        self._batch_s = front.batch_s / quicker
+        self._slower_s = front.hit_s - self._hit_s
+        self._wire_s = front.wire_s / 2
+        self._hop_s = front.hop_s / 2
+        self._client_s = client_s
+        self._weights = (1.0 * quicker, float(costs.threads), 1.0)
+        self._now = 0.0
+        self._left = [_NEVER, _NEVER, _NEVER]
+        self._job: list[tuple[int, int]] = [(0, 0)] * 3
+        self._busy_s = [0.0, 0.0, 0.0]
+        self._events: list[tuple[float, int, int, int]] = []
+        self._order = 0
+        self._queue: deque[tuple[int, int]] = deque()
+        self._turn = 0
+        self._client: deque[int] = deque()
+        self._waiting: deque[int] = deque()
+        self._running: list[int] = []
+        self._model_free = True
+        self._flights: dict[int, list[int]] = {}
+        self._sent: list[float] = []
+        self._latency: list[float] = []
+        self._hits: list[bool] = []
+        self._done = 0
+        self._ended: list[int] = []
+        self._ran: list[int] = []
+        self._random = np.random.default_rng(_SEED)
+
+    def run(self, requests: int, warm_up: int, most_s: float, warm_up_s: float) -> Simulated:
+        self._most = requests
+        if self._load.rate_per_s is None:
+            for _ in range(min(self._load.connections, requests)):
+                self._send()
+        else:
+            self._after(0.0, _ARRIVE, 0)
+        since_s, since = 0.0, [0.0, 0.0, 0.0]
+        since_done = since_ran = 0
+        warm = not warm_up and not warm_up_s
+        while self._done < requests and self._now < most_s:
+            if not warm and self._done >= warm_up and self._now >= warm_up_s:
+                warm, since_s, since = True, self._now, list(self._busy_s)
+                since_done, since_ran = self._done, len(self._ran)
+            self._step()
+        counted = self._ended[since_done:]
+        latencies = np.array([self._latency[i] for i in counted]) if counted else np.zeros(1)
+        batches = self._ran[since_ran:]
+        many = max(len(counted), 1)
+        return Simulated(
+            requests=len(counted),
+            seconds=self._now - since_s,
+            p50_s=float(np.quantile(latencies, 0.5)) + self._slower_s,
+            p99_s=float(np.quantile(latencies, 0.99)) + self._slower_s,
+            mean_s=float(latencies.mean()) + self._slower_s,
+            coverage=sum(self._hits[i] for i in counted) / many,
+            front_s=(self._busy_s[_FRONT] - since[_FRONT]) * self._weights[_FRONT] / many,
+            model_s=(self._busy_s[_MODEL] - since[_MODEL]) / many,
+            batch_rows=sum(batches) / len(batches) if batches else 0.0,
+            arrived=len(self._sent),
+        )
+
+    def _step(self) -> None:
+        """Go on to whatever happens next."""
+        left = self._left
+        wanted = sum(weight for weight, rest in zip(self._weights, left, strict=True) if rest != _NEVER)
+        share = min(1.0, self._costs.cores / wanted) if wanted else 1.0
+        least = min(left)
+        event_s = self._events[0][0] if self._events else _NEVER
+        if least != _NEVER and self._now + least / share <= event_s:
+            station = left.index(least)
+            self._pass(least, share)
+            left[station] = _NEVER
+            self._finished(station)
+            return
+        self._pass((event_s - self._now) * share, share)
+        _, _, kind, item = heapq.heappop(self._events)
+        if kind == _ARRIVE:
+            self._send()
+            if len(self._sent) < self._most and self._load.rate_per_s is not None:
+                self._after(float(self._random.exponential(1 / self._load.rate_per_s)), _ARRIVE, 0)
+        elif kind == _RECEIVE:
+            self._into_front((_RECEIVE, item))
+        elif kind == _BATCH:
+            self._start(_MODEL, self._costs.model.seconds(len(self._running)), (_BATCH, 0))
+        elif kind == _BACK:
+            if item < 0:
+                self._into_front((_BATCH, 0))
+            else:
+                self._reply_is_here(item)
+
+    def _pass(self, work_s: float, share: float) -> None:
+        self._now += work_s / share
+        for station, rest in enumerate(self._left):
+            if rest != _NEVER:
+                self._left[station] = max(rest - work_s, 0.0)
+                self._busy_s[station] += work_s
+
+    def _start(self, station: int, seconds: float, job: tuple[int, int]) -> None:
+        self._left[station] = seconds
+        self._job[station] = job
+
+    def _after(self, seconds: float, kind: int, item: int) -> None:
+        self._order += 1
+        heapq.heappush(self._events, (self._now + seconds, self._order, kind, item))
+
+    def _send(self) -> None:
+        number = len(self._sent)
+        if number >= self._most:
+            return
+        self._sent.append(self._now)
+        self._latency.append(0.0)
+        self._hits.append(False)
+        self._after(self._wire_s, _RECEIVE, number)
+
+    def _into_front(self, item: tuple[int, int]) -> None:
+        self._queue.append(item)
+        if self._left[_FRONT] == _NEVER:
+            self._begin_turn()
+
+    def _begin_turn(self) -> None:
+        """Take who has come by now; with nobody, the front rests."""
+        self._turn = len(self._queue)
+        if self._turn:
+            self._next(self._turn_s)
+
+    def _next(self, more_s: float = 0.0) -> None:
+        kind, number = self._queue[0]
+        if kind == _BATCH:
+            seconds = self._batch_s + self._miss_s * len(self._running)
+        else:
+            hit = self._hits[number] = self._answers.hit(number)
+            seconds = self._hit_s if hit else self._miss_s
+        self._start(_FRONT, seconds + more_s, (kind, number))
+
+    def _finished(self, station: int) -> None:
+        kind, number = self._job[station]
+        if station == _CLIENT:
+            self._send()
+            if self._client:
+                self._take_reply()
+            return
+        if station == _MODEL:
+            self._after(self._hop_s, _BACK, -1)
+            return
+        if kind == _BATCH and self._costs.inline and number:
+            # The model has run inside the front: now its answers go out.
+            self._start(_FRONT, self._batch_s + self._miss_s * len(self._running), (_BATCH, 0))
+            return
+        if kind == _BATCH:
+            self._land()
+        elif self._hits[number]:
+            self._reply(number)
+        else:
+            self._wait(number)
+        if self._turn:
+            self._queue.popleft()
+            self._turn -= 1
+            if self._turn:
+                self._next()
+                return
+        if self._waiting and self._model_free and self._dispatch():
+            return
+        self._begin_turn()
+
+    def _wait(self, number: int) -> None:
+        """Queue a request for the model, or let it wait for one of the same key that is under way."""
+        if self._answers.key is not None:
+            key = self._answers.key(number)
+            flight = self._flights.get(key)
+            if flight is not None:
+                flight.append(number)
+                return
+            self._flights[key] = [number]
+        self._waiting.append(number)
+
+    def _dispatch(self) -> bool:
+        """Give the model its next batch; says whether the front itself is busy with that."""
+        count = min(len(self._waiting), self._costs.most_batch_rows)
+        self._running = [self._waiting.popleft() for _ in range(count)]
+        self._ran.append(count)
+        self._model_free = False
+        if self._costs.inline:
+            seconds = self._costs.model.seconds(count)
+            self._busy_s[_MODEL] += seconds
+            self._busy_s[_FRONT] -= seconds / self._weights[_FRONT]
+            self._turn = 0
+            self._start(_FRONT, seconds, (_BATCH, 1))
+            return True
+        self._after(self._hop_s, _BATCH, 0)
+        return False
+
+    def _land(self) -> None:
+        running, self._running = self._running, []
+        self._model_free = True
+        for number in running:
+            self._answers.computed(number)
+            self._reply(number)
+            if self._answers.key is not None:
+                for other in self._flights.pop(self._answers.key(number), ())[1:]:
+                    self._reply(other)
+
+    def _reply(self, number: int) -> None:
+        self._after(self._wire_s, _BACK, number)
+
+    def _reply_is_here(self, number: int) -> None:
+        if self._load.rate_per_s is None and self._client_s:
+            self._client.append(number)
+            if self._left[_CLIENT] == _NEVER:
+                self._take_reply()
+            return
+        self._end(number)
+        if self._load.rate_per_s is None:
+            self._send()
+
+    def _take_reply(self) -> None:
+        number = self._client.popleft()
+        self._end(number)
+        self._start(_CLIENT, self._client_s, (0, number))
+
+    def _end(self, number: int) -> None:
+        self._latency[number] = self._now - self._sent[number]
+        self._ended.append(number)
+        self._done += 1
+
+
+def largest_batch(fixed_s: float, row_s: float, longest_s: float, most: int) -> int:
+    """The largest batch that takes at most ``longest_s``, or whose rows cost as much as the batch itself."""
+    if row_s <= 0:
+        return most
+    return max(1, min(most, int(max((longest_s - fixed_s) / row_s, fixed_s / row_s))))

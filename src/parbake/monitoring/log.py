@@ -1,0 +1,444 @@
+"""The prediction log: what was answered, as Parquet files that rotate and are removed when they are old.
+
+Files lie flat in one folder, of all deployments and of all fronts; their names carry the time of the first row, the
+front and the process. What has been written survives a killed process (not a power cut): see `monitoring.files`.
+Other files in the folder are never touched.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import datetime
+from hashlib import blake2b
+from pathlib import Path
+from time import monotonic, time
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from parbake.contract.key import KEY_BYTES
+from parbake.contract.where import NAMES, REFUSED
+from parbake.logs import log
+from parbake.monitoring.files import (
+    SCHEMA,
+    LogFile,
+    OpenFile,
+    as_table,
+    is_new,
+    is_written,
+    log_files,
+    read_frames,
+    recover,
+)
+from parbake.monitoring.model import OK, LogCounts, LogOptions
+from parbake.monitoring.recorder import Recorder, Rows
+
+SECRET_NAME: Final = ".secret"  # noqa: S105  # the name of the file, not what is in it
+"""File in the log's folder with which inputs and keys are hashed; for its owner's eyes only."""
+
+_TIDY_S: Final = 30.0
+"""How often the folder is looked at when no file was finished."""
+
+_CLOCK_BACK_US: Final = 1_000_000
+"""A clock that jumps back by more begins a new file, so that each file is in order of time."""
+
+_READ_ROWS: Final = 16 * 1024
+
+
+class PredictionLog:
+    """Writes the rows of one process. For one thread; no method raises for what the disk does.
+
+    Rows that cannot be written are dropped and counted, with one line in the server's log when that begins and one
+    when it is over.
+    """
+
+    def __init__(self, folder: Path, options: LogOptions) -> None:
+        """Finish what killed writers left. Raises OSError if the folder cannot be made."""
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.folder = folder
+        self.options = options
+        self._counts = LogCounts()
+        self._file: OpenFile | None = None
+        self._opened_s = 0.0
+        self._last_us = 0
+        self._failing = False
+        self._untidy = False
+        self._tidied_s = 0.0
+        self._draw = np.random.default_rng()
+        self._secret = _secret(folder) if options.inputs == "hashed" else b""
+        self._secrets: dict[str, bytes] = {}
+        self._warm_up()
+        self._tidy()
+
+    @property
+    def counts(self) -> LogCounts:
+        """What became of the rows so far (without those that a full ring dropped: the recorder has them)."""
+        return self._counts
+
+    def write(self, drained: Sequence[tuple[Recorder, Rows]]) -> None:
+        """Write what was drained together; a file that is large or old enough is finished."""
+        rows = sum(len(one) for _, one in drained)
+        batch = self._guarded(lambda: self._batch(drained), rows)
+        if batch is not None and batch.num_rows:
+            self._guarded(lambda: self._append(batch), batch.num_rows)
+        if self._file is not None and (
+            self._file.bytes >= self.options.file_bytes
+            or monotonic() - self._opened_s >= self.options.file_age_s
+        ):
+            self.rotate()
+        elif monotonic() - self._tidied_s >= _TIDY_S:
+            self._tidy()
+
+    def rotate(self) -> None:
+        """Finish the open file, if there is one, and remove what is beyond the limits."""
+        file, self._file = self._file, None
+        if file is not None:
+            self._guarded(file.finish, 0)
+            self._tidy()
+
+    close = rotate
+
+    def _guarded(self, work: Any, rows: int) -> Any:
+        try:
+            done = work()
+        except (OSError, pa.ArrowException, MemoryError) as error:
+            self._counts = replace(self._counts, dropped_disk=self._counts.dropped_disk + rows)
+            if not self._failing:
+                self._failing = True
+                log().error(
+                    "log.failing",
+                    folder=str(self.folder),
+                    error=str(error),
+                    hint="rows are dropped and counted",
+                )
+            return None
+        return done
+
+    def _append(self, batch: pa.RecordBatch) -> None:
+        times = batch.column("time").cast(pa.int64())
+        first, last = times[0].as_py(), times[-1].as_py()
+        if self._file is not None and first < self._last_us - _CLOCK_BACK_US:
+            self.rotate()
+        if self._file is None:
+            self._file = OpenFile(self.folder, first / 1e6, self.options.front)
+            self._opened_s = monotonic()
+        try:
+            self._file.append(batch)
+        except OSError:
+            # It may be this file that is the trouble (deleted folder, size limit): the next rows begin another.
+            file, self._file = self._file, None
+            with suppress(OSError, pa.ArrowException):
+                file.finish()
+            raise
+        self._last_us = last
+        self._counts = replace(self._counts, written=self._counts.written + batch.num_rows)
+        if self._failing:
+            self._failing = False
+            log().info("log.writing_again", folder=str(self.folder), dropped=self._counts.dropped_disk)
+
+    def _batch(self, drained: Sequence[tuple[Recorder, Rows]]) -> pa.RecordBatch | None:
+        batches = [self._rows(recorder, rows) for recorder, rows in drained if len(rows)]
+        kept = sum(batch.num_rows for batch in batches)
+        out = sum(len(rows) for _, rows in drained) - kept
+        self._counts = replace(self._counts, sampled_out=self._counts.sampled_out + out)
+        if not kept:
+            return None
+        table = as_table([batch for batch in batches if batch.num_rows])
+        times = table.column("time").cast(pa.int64()).to_numpy()
+        if (times[1:] < times[:-1]).any():
+            table = table.take(np.argsort(times, kind="stable"))
+        return table.combine_chunks().to_batches()[0]
+
+    def _rows(self, recorder: Recorder, rows: Rows) -> pa.RecordBatch:
+        count = len(rows)
+        where = np.frombuffer(rows.where, np.uint8)
+        has_key = np.ones(count, np.bool_)
+        joined = rows.joined
+        if len(joined) != count * KEY_BYTES:
+            has_key = np.fromiter((len(key) == KEY_BYTES for key in rows.keys), np.bool_, count)
+            joined = b"".join(key if len(key) == KEY_BYTES else bytes(KEY_BYTES) for key in rows.keys)
+        matrix = np.frombuffer(joined, np.uint8).reshape(count, KEY_BYTES)
+        # The codes of errors, in the order in which they are met; a row that was answered has the first.
+        codes: dict[str, int] = {OK: 0}
+        status = np.zeros(count, np.int32)
+        for i in np.flatnonzero(where == REFUSED):
+            status[i] = codes.setdefault(str(rows.extras[i]), len(codes))
+        chosen: npt.NDArray[np.intp] | None = None
+        if self.options.rate < 1:
+            chosen = np.flatnonzero(self._sampled(matrix, has_key))
+            matrix, has_key, where, status = matrix[chosen], has_key[chosen], where[chosen], status[chosen]
+        extras, records = rows.extras, rows.records
+        times, seconds = np.frombuffer(rows.times), np.frombuffer(rows.seconds)
+        if chosen is not None:
+            extras, records = [extras[i] for i in chosen], [records[i] for i in chosen]
+            times, seconds = times[chosen], seconds[chosen]
+        kept = len(where)
+        inputs: list[list[bytes] | None] | None = None
+        if self.options.inputs != "off" and recorder.wants_inputs:
+            inputs = [None if one is None or isinstance(one, str) else list(one) for one in extras]
+        if self.options.inputs == "hashed":
+            matrix, inputs = self._hidden(recorder.deployment, matrix, inputs)
+        columns = [
+            pa.array((times * 1e6).astype(np.int64)).cast(SCHEMA.field("time").type),
+            *(
+                _named(np.zeros(kept, np.int32), (value,))
+                for value in (recorder.deployment, recorder.version, recorder.mode, recorder.digest)
+            ),
+            _fixed(matrix, has_key),
+            _named(where.astype(np.int32), NAMES),
+            pa.array((seconds * 1e3).astype(np.float32)),
+            _named(status, tuple(codes)),
+            pa.nulls(kept, SCHEMA.field("inputs").type)
+            if inputs is None
+            else pa.array(inputs, SCHEMA.field("inputs").type),
+            pa.array(records, pa.binary()) if self.options.outputs else pa.nulls(kept, pa.binary()),
+        ]
+        return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
+
+    def _sampled(
+        self, matrix: npt.NDArray[np.uint8], has_key: npt.NDArray[np.bool_]
+    ) -> npt.NDArray[np.bool_]:
+        heads = np.ascontiguousarray(matrix[:, :8]).view(">u8").reshape(-1)
+        kept: npt.NDArray[np.bool_] = heads < np.uint64(int(self.options.rate * 2**64))
+        # What has no key is refused anyway: it is drawn at the same rate, so that shares stay right.
+        return np.where(has_key, kept, self._draw.random(len(kept)) < self.options.rate)
+
+    def _hidden(
+        self, deployment: str, matrix: npt.NDArray[np.uint8], inputs: list[list[bytes] | None] | None
+    ) -> tuple[npt.NDArray[np.uint8], list[list[bytes] | None] | None]:
+        secret = self._secrets.get(deployment)
+        if secret is None:
+            secret = blake2b(deployment.encode(), key=self._secret, digest_size=32).digest()
+            self._secrets[deployment] = secret
+
+        def hidden(value: bytes) -> bytes:
+            return blake2b(value, key=secret, digest_size=KEY_BYTES).digest()
+
+        keys, places = np.unique(matrix.view(f"V{KEY_BYTES}").reshape(-1), return_inverse=True)
+        joined = b"".join(hidden(key.tobytes()) for key in keys)
+        matrix = np.frombuffer(joined, np.uint8).reshape(-1, KEY_BYTES)[places]
+        if inputs is not None:
+            inputs = [None if row is None else [hidden(value) for value in row] for row in inputs]
+        return matrix, inputs
+
+    def _warm_up(self) -> None:
+        """Have pyarrow load now what it loads at first use (pandas, where it is installed), and not while serving."""
+        ring = Recorder("", "", "", "")
+        ring.note(bytes(KEY_BYTES), 0, 0.0, None, None)
+        rows = ring.drain()
+        if rows is not None:
+            self._batch([(ring, rows)])
+        self._counts = LogCounts()
+
+    def _tidy(self) -> None:
+        """Finish what others left, and remove the oldest finished files beyond the limits."""
+        try:
+            self._tidy_folder()
+        except (OSError, pa.ArrowException, MemoryError) as error:
+            # Rows are written all the same: this is no reason to say that the log fails.
+            if not self._untidy:
+                log().warning("log.not_tidied", folder=str(self.folder), error=str(error))
+            self._untidy = True
+        else:
+            self._untidy = False
+
+    def _tidy_folder(self) -> None:
+        self._tidied_s = monotonic()
+        recover(self.folder)
+        files = log_files(self.folder)
+        total, now = sum(file.bytes for file in files), time()
+        left = len(files)
+        for file in files:
+            old = now - file.modified_s > self.options.keep_age_s
+            if (old or total > self.options.keep_bytes) and (
+                file.finished or not (is_new(file) or is_written(file.path))
+            ):
+                file.path.unlink(missing_ok=True)
+                total -= file.bytes
+                left -= 1
+        self._counts = replace(self._counts, files=left, bytes=total)
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A file of the log that could not be read to its end, and why."""
+
+    path: Path
+    reason: str
+
+
+def read_log(
+    folder: Path,
+    deployment: str | None = None,
+    *,
+    since: datetime | None = None,
+    until: datetime | None = None,
+    columns: Sequence[str] | None = None,
+    skipped: list[Skipped] | None = None,
+) -> Iterator[pa.Table]:
+    """The rows of a log in order of time, as tables with the columns of `SCHEMA` (or those asked for).
+
+    Files that are still written are read up to their last whole frame; what is torn, altered or not a log's file is
+    left out and told in ``skipped``. Files of several fronts are merged, with one batch of each in memory at a time.
+    Times must have a time zone. Rows noted by several threads or fronts within some milliseconds may change places.
+    """
+    since_us = None if since is None else int(since.timestamp() * 1e6)
+    until_us = None if until is None else int(until.timestamp() * 1e6)
+    told: list[Skipped] = [] if skipped is None else skipped
+    pending = log_files(folder)
+    open_files: list[_Cursor] = []
+    while pending or open_files:
+        # A file must be open before its first row is due.
+        while pending and (not open_files or _stamp_us(pending[0]) <= min(one.last_us for one in open_files)):
+            cursor = _Cursor(_batches_of(pending.pop(0), told))
+            if cursor.advance():
+                open_files.append(cursor)
+        if not open_files:
+            continue
+        horizon = min(one.last_us for one in open_files)
+        parts = [part for one in open_files if (part := one.take(horizon)) is not None]
+        open_files = [one for one in open_files if one.rows_left() or one.advance()]
+        table = as_table([batch for part in parts for batch in part.to_batches()])
+        table = table.take(pc.sort_indices(table.column("time")))
+        table = _chosen(table, deployment, since_us, until_us)
+        if table.num_rows:
+            yield table.select(list(columns)) if columns is not None else table
+
+
+class _Cursor:
+    """One file on its way through a merge: the batch that is being given out."""
+
+    def __init__(self, batches: Iterator[pa.Table]) -> None:
+        self._batches = batches
+        self._table: pa.Table | None = None
+        self._times: npt.NDArray[np.int64] = np.empty(0, np.int64)
+        self._at = 0
+        self.last_us = 0
+
+    def advance(self) -> bool:
+        """Go on to the next batch; False at the end."""
+        for table in self._batches:
+            if table.num_rows:
+                self._table = table
+                times = table.column("time").cast(pa.int64()).to_numpy()
+                self._times = np.maximum.accumulate(times)
+                self._at = 0
+                self.last_us = int(self._times[-1])
+                return True
+        return False
+
+    def rows_left(self) -> bool:
+        return self._at < len(self._times)
+
+    def take(self, until_us: int) -> pa.Table | None:
+        """The rows up to a time."""
+        end = int(np.searchsorted(self._times, until_us, side="right"))
+        if end <= self._at or self._table is None:
+            return None
+        part = self._table.slice(self._at, end - self._at)
+        self._at = end
+        return part
+
+
+def _batches_of(file: LogFile, skipped: list[Skipped]) -> Iterator[pa.Table]:
+    path = file.path
+    try:
+        if not path.exists() and not file.finished:
+            # Finished since the folder was listed.
+            path = path.with_suffix(".parquet")
+        if path.suffix == ".parquet":
+            with pq.ParquetFile(path) as source:
+                for batch in source.iter_batches(_READ_ROWS):
+                    yield _conform(pa.Table.from_batches([batch]))
+        else:
+            with path.open("rb") as opened:
+                for batch in read_frames(opened):
+                    for start in range(0, batch.num_rows, _READ_ROWS):
+                        yield _conform(pa.Table.from_batches([batch.slice(start, _READ_ROWS)]))
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        skipped.append(Skipped(path, str(error)))
+
+
+def _conform(table: pa.Table) -> pa.Table:
+    """The columns of `SCHEMA`; raises KeyError or ArrowException where they are not there."""
+    return table.select(SCHEMA.names).cast(SCHEMA)
+
+
+def _chosen(table: pa.Table, deployment: str | None, since_us: int | None, until_us: int | None) -> pa.Table:
+    times = table.column("time").cast(pa.int64())
+    if deployment is not None:
+        table = table.filter(pc.equal(table.column("deployment").cast(pa.string()), deployment))
+        times = table.column("time").cast(pa.int64())
+    if since_us is not None:
+        table = table.filter(pc.greater_equal(times, since_us))
+        times = table.column("time").cast(pa.int64())
+    if until_us is not None:
+        table = table.filter(pc.less(times, until_us))
+    return table
+
+
+def log_keys(tables: Iterable[pa.Table]) -> dict[str, list[npt.NDArray[np.uint64]]]:
+    """The keys of a log's rows by deployment, as a traffic profile counts them; rows without a key are left out."""
+    found: dict[str, list[npt.NDArray[np.uint64]]] = defaultdict(list)
+    for table in tables:
+        table = table.filter(pc.is_valid(table.column("key")))
+        names = table.column("deployment").cast(pa.string())
+        for name in pc.unique(names).to_pylist():
+            keys = table.filter(pc.equal(names, name)).column("key").combine_chunks()
+            found[name].append(key_ids(keys))
+    return dict(found)
+
+
+def key_ids(keys: Any) -> npt.NDArray[np.uint64]:
+    """The first 8 bytes, big-endian, of each key of an Arrow array of 16 bytes each, without nulls."""
+    if isinstance(keys, pa.ChunkedArray):
+        keys = keys.combine_chunks()
+    if not len(keys):
+        return np.empty(0, np.uint64)
+    raw = np.frombuffer(keys.buffers()[1], ">u8", len(keys) * 2, keys.offset * KEY_BYTES)
+    return raw.reshape(-1, 2)[:, 0].astype(np.uint64)
+
+
+def _stamp_us(file: LogFile) -> int:
+    parsed = datetime.strptime(file.stamp + "+0000", "%Y%m%dT%H%M%S%fZ%z")
+    return int(parsed.timestamp() * 1e6) - 1
+
+
+def _named(indices: npt.NDArray[np.int32], names: Sequence[str]) -> pa.DictionaryArray:
+    return pa.DictionaryArray.from_arrays(pa.array(indices), pa.array(names, pa.string()))
+
+
+def _fixed(matrix: npt.NDArray[np.uint8], valid: npt.NDArray[np.bool_]) -> Any:
+    mask = None if valid.all() else pa.py_buffer(np.packbits(valid, bitorder="little").tobytes())
+    data = pa.py_buffer(np.ascontiguousarray(matrix).tobytes())
+    return pa.Array.from_buffers(pa.binary(KEY_BYTES), len(matrix), [mask, data])
+
+
+def _secret(folder: Path) -> bytes:
+    """The folder's secret, made by whoever comes first. Raises OSError."""
+    path = folder / SECRET_NAME
+    draft = folder / f"{SECRET_NAME}.{os.getpid()}.{os.urandom(4).hex()}"
+    if not path.exists():
+        descriptor = os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+        try:
+            os.write(descriptor, os.urandom(32))
+            os.fsync(descriptor)
+            # A link is made whole or not at all, and never over another.
+            with suppress(FileExistsError):
+                os.link(draft, path)
+        finally:
+            os.close(descriptor)
+            draft.unlink(missing_ok=True)
+    path.chmod(0o600)
+    secret = path.read_bytes()
+    if len(secret) != 32:
+        raise OSError(f"{path} does not hold a secret of 32 bytes; remove it to have another made")
+    return secret

@@ -1,0 +1,133 @@
+"""The ring between the hot path and the background: rows go in for next to nothing, and are taken out in bulk.
+
+One recorder belongs to one served version in one front. The event loop's thread adds, one background thread
+drains; nothing is locked. A row is six items in a flat list, so that a full ring gives the garbage collector
+no objects to walk: ``key, where, seconds, raws, record, time``. For `REFUSED` the code stands in place of raws.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import time
+from typing import Any, Final
+
+from parbake.contract.where import REFUSED
+
+WIDTH: Final = 6
+"""Items of one row."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows taken out of a recorder: one list per column, all of the same length."""
+
+    keys: list[bytes]
+    """16 bytes each; empty where a request was refused before it had a key."""
+    joined: bytes
+    """All keys, one after another."""
+    where: bytes
+    """A code of `parbake.contract.where` each."""
+    seconds: array[float]
+    extras: list[Sequence[bytes] | str | None]
+    """The raw bytes of each input, or the code of the error where the row was refused, or None."""
+    records: list[bytes | None]
+    times: array[float]
+    """Unix time in seconds."""
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+class Recorder:
+    """Takes down what one served version answered. Never blocks and never raises; a full ring counts `dropped`.
+
+    ``limit`` is the number of items that the ring may hold (rows times `WIDTH`); ``bytes_limit`` bounds the
+    inputs and outputs that wait in it. Callers give None for what `wants_inputs` and `wants_outputs` do not ask.
+    """
+
+    __slots__ = (
+        "_late", "_late_from", "bytes_limit", "deployment", "digest", "dropped", "limit", "mode", "rows", "version",
+        "waiting", "wants_inputs", "wants_outputs",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        deployment: str,
+        version: str,
+        mode: str,
+        digest: str,
+        *,
+        rows: int = 128 * 1024,
+        bytes_limit: int = 64 * 1024 * 1024,
+        wants_inputs: bool = False,
+        wants_outputs: bool = False,
+    ) -> None:
+        self.deployment = deployment
+        self.version = version
+        self.mode = mode
+        self.digest = digest
+        self.limit = rows * WIDTH
+        self.bytes_limit = bytes_limit
+        self.wants_inputs = wants_inputs
+        self.wants_outputs = wants_outputs
+        self.rows: list[Any] = []
+        self.dropped = 0
+        self.waiting = 0
+        """Bytes of inputs and outputs in the ring."""
+        self._late: list[Any] = []
+        self._late_from = 0
+
+    def note(
+        self, key: bytes, where: int, seconds: float, raws: Sequence[bytes] | None, record: bytes | None
+    ) -> None:
+        """One row was answered.
+
+        ``where``: a code of `parbake.contract.where`; ``raws``: each input's raw bytes; ``record``: the outputs as
+        `parbake.contract.record` joins them.
+        """
+        # Never `self.rows +=`: that would put back a list that has been taken out in between.
+        rows = self.rows
+        if len(rows) >= self.limit:
+            self.dropped += 1
+            return
+        if raws is not None or record is not None:
+            size = (sum(map(len, raws)) if raws is not None else 0) + (
+                len(record) if record is not None else 0
+            )
+            if self.waiting + size > self.bytes_limit:
+                self.dropped += 1
+                return
+            self.waiting += size
+        rows += (key, where, seconds, raws, record, time())
+
+    def refused(self, code: str, seconds: float, key: bytes = b"") -> None:
+        """One row was answered with the error of that code."""
+        rows = self.rows
+        if len(rows) < self.limit:
+            rows += (key, REFUSED, seconds, code, None, time())
+        else:
+            self.dropped += 1
+
+    def drain(self) -> Rows | None:
+        """Take everything out; None if there is nothing.
+
+        For one background thread, and not twice within a thread's turn (`sys.getswitchinterval`): a row that is being
+        added while the list is taken out comes with the next call.
+        """
+        taken = self.rows
+        self.rows = []
+        self.waiting = 0
+        # The other thread may have stood between reading `rows` and adding to it: such a row comes with the next turn.
+        late = self._late[self._late_from :]
+        end = len(taken)
+        self._late, self._late_from = taken, end
+        if not late and not end:
+            return None
+        keys, where, seconds, extras, records, times = (
+            late[column::WIDTH] + taken[column:end:WIDTH] for column in range(WIDTH)
+        )
+        return Rows(
+            keys, b"".join(keys), bytes(where), array("d", seconds), extras, records, array("d", times)
+        )

@@ -1,0 +1,88 @@
+"""The ring between the hot path and the background: bounded, complete, and never in the way."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from parbake.contract.where import HEAD, REFUSED
+from parbake.monitoring.recorder import WIDTH, Recorder
+
+KEY = bytes(range(16))
+
+
+def recorder(rows: int = 100, bytes_limit: int = 1 << 20) -> Recorder:
+    return Recorder("eta", "1", "hybrid", "d", rows=rows, bytes_limit=bytes_limit)
+
+
+@given(st.integers(1, 20), st.lists(st.sampled_from(["note", "refused", "drain"]), max_size=80))
+def test_the_ring_never_holds_more_than_its_limit_and_every_row_is_kept_or_counted(
+    limit: int, steps: list[str]
+) -> None:
+    ring = recorder(limit)
+    taken = added = 0
+    for step in steps:
+        if step == "note":
+            ring.note(KEY, HEAD, 0.001, None, None)
+            added += 1
+        elif step == "refused":
+            ring.refused("overloaded", 0.001)
+            added += 1
+        else:
+            taken += len(ring.drain() or ())
+        assert len(ring.rows) <= limit * WIDTH
+    taken += len(ring.drain() or ())
+    assert taken + ring.dropped == added
+
+
+def test_rows_come_out_as_columns_in_the_order_of_arrival() -> None:
+    ring = recorder()
+    ring.note(KEY, HEAD, 0.5, [b"in"], b"out")
+    ring.refused("overloaded", 0.25)
+    rows = ring.drain()
+    assert rows is not None
+    assert rows.keys == [KEY, b""]
+    assert list(rows.where) == [HEAD, REFUSED]
+    assert rows.joined == KEY
+    assert list(rows.seconds) == [0.5, 0.25]
+    assert rows.extras == [[b"in"], "overloaded"]
+    assert rows.records == [b"out", None]
+    assert rows.times[0] <= rows.times[1]
+    assert ring.drain() is None
+
+
+def test_large_inputs_fill_the_ring_by_their_bytes() -> None:
+    ring = recorder(bytes_limit=1000)
+    for _ in range(5):
+        ring.note(KEY, HEAD, 0.1, [bytes(300)], bytes(100))
+    assert (len(ring.rows) // WIDTH, ring.dropped) == (2, 3)
+    ring.drain()
+    ring.note(KEY, HEAD, 0.1, [bytes(300)], bytes(100))
+    assert (len(ring.rows) // WIDTH, ring.dropped) == (1, 3)
+
+
+def test_no_row_is_lost_while_another_thread_drains() -> None:
+    ring = recorder(rows=1_000_000)
+    done = threading.Event()
+    taken = 0
+
+    def drain() -> None:
+        nonlocal taken
+        while not done.is_set():
+            taken += len(ring.drain() or ())
+            # Further apart than a thread's turn, as the contract of `drain` has it.
+            time.sleep(0.02)
+
+    thread = threading.Thread(target=drain)
+    thread.start()
+    for _ in range(300_000):
+        ring.note(KEY, HEAD, 0.001, None, None)
+    done.set()
+    thread.join()
+    # What was added while the list was being taken out comes with the next turn.
+    for _ in range(2):
+        taken += len(ring.drain() or ())
+    assert taken + ring.dropped == 300_000
