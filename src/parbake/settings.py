@@ -121,6 +121,9 @@ class ServerSettings(Struct, frozen=True, forbid_unknown_fields=True):
     traffic_profile: Annotated[
         bool, Option("Measure the cardinality and peakedness of the traffic, for the advisor.")
     ] = True
+    auto_s: Annotated[
+        float, Option("How often mode auto asks the advisor.", "SECONDS"), msgspec.Meta(gt=0)
+    ] = 60.0
     prediction_log: Annotated[
         str, Option("Folder for the prediction log; without it nothing is logged.", "DIR")
     ] = ""

@@ -188,3 +188,32 @@ def test_counts_of_heads_add_up() -> None:
     some = HeadCounts(rows=3, bytes=10, stored=4, joined=1)
     assert some.plus(some) == HeadCounts(rows=6, bytes=20, stored=8, joined=2)
     assert some.without_process() == HeadCounts(stored=4, joined=1)
+
+
+def test_auto_follows_the_advisor_and_says_why(tmp_path: Path) -> None:
+    # Cheap to compute, and no key comes twice: nothing is worth keeping.
+    bundle = write_scaled(tmp_path / "scaled.bundle", 2)
+    with serving(bundle.path, mode="auto", auto_s=0.5, workers=1) as server:
+        status = client.status(port=server.port).versions[0]
+        assert (status.mode, status.auto) == ("hybrid", True)
+        number = 0
+        with Call(server.url) as call:
+
+            def dynamic() -> bool:
+                nonlocal number
+                for _ in range(200):
+                    number += 1
+                    assert answer(call(INFER, infer((number, 1)))) == [2 * number, 2]
+                # The advisor measures with what the requests leave of the machine.
+                time.sleep(0.2)
+                return client.status(port=server.port).versions[0].mode == "dynamic"
+
+            wait_for(dynamic)
+        status = client.status(port=server.port).versions[0]
+        assert status.auto
+        assert status.why
+        assert "mode.changed" in server.log()
+        # A word from a person ends it.
+        client.reload([Change("scaled", mode="hybrid")], port=server.port)
+        status = client.status(port=server.port).versions[0]
+        assert (status.mode, status.auto) == ("hybrid", False)

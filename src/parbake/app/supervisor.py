@@ -54,6 +54,7 @@ from parbake.errors import (
     Conflict,
     ModelNotFound,
     NotReady,
+    ParbakeError,
     SettingsError,
     TableError,
     TableForeign,
@@ -64,6 +65,7 @@ from parbake.runtime.pool import Runner, RunnerPool, end_process
 from parbake.settings import DEADLINE_MS, DeploymentSettings, Mode, Settings, WantedMode
 
 if TYPE_CHECKING:
+    from parbake.app.auto import Pilot
     from parbake.app.traffic import TrafficReport
 
 _T = TypeVar("_T")
@@ -229,6 +231,7 @@ class Supervisor:
                     raise front_or_error
             await self._apply(resolved)
         self._spawn(self._poll_counts())
+        self._spawn(self._follow_advice())
 
     async def stop(self, *, drain: bool = True) -> None:
         """Drain the fronts (answer what was accepted), then end all processes."""
@@ -314,6 +317,70 @@ class Supervisor:
                 await asyncio.to_thread(self._resolve, targets, only=frozenset([name])), targets
             )
             log().info("model.loaded" if loaded else "model.unloaded", deployment=name)
+
+    async def _follow_advice(self) -> None:
+        """Where the mode is auto, ask the advisor now and then, and change the mode when it is sure."""
+        from parbake.app.auto import Pilot
+
+        pilots: dict[str, Pilot] = {}
+        while True:
+            await asyncio.sleep(self.settings.server.auto_s)
+            for name in dict.fromkeys(t.name for t in self._targets if t.auto and t.loaded):
+                try:
+                    await self._consider(name, pilots.setdefault(name, Pilot()))
+                except ParbakeError as error:
+                    log().warning("advice.none", deployment=name, error=error.message)
+                except Exception:
+                    log().exception("advice.failed", deployment=name)
+
+    async def _consider(self, name: str, pilot: Pilot) -> None:
+        """Ask the advisor about one deployment, and follow it where the pilot says so."""
+        from parbake.app.auto import ENOUGH_REQUESTS, Question, ask
+
+        entry = next((e for e in reversed(self._plan.entries) if e.name == name), None)
+        report = (await self.traffic()).get(name)
+        if entry is None or report is None or report.traffic.requests < pilot.asked_at + ENOUGH_REQUESTS:
+            return
+        pilot.asked_at = report.traffic.requests
+        if pilot.digest != entry.digest:
+            pilot.digest, pilot.costs = entry.digest, None
+        settings = next(t.settings for t in self._targets if t.name == name)
+        contract = self._bundles[(entry.name, entry.version)].contract
+        advised = await ask(
+            Question(
+                bundle=entry.bundle,
+                name=name,
+                traffic=report.traffic,
+                mode=entry.mode,
+                head_rows=settings.head_rows,
+                # Without a default, static mode has no answer for keys that were never baked.
+                may_be_static=contract.default is not None
+                and any(t.table for t in self._targets if t.name == name),
+                deadline_ms=entry.deadline_ms,
+                placement=settings.placement,
+                allow_pickle=entry.allow_pickle,
+                costs=pilot.costs,
+            )
+        )
+        pilot.costs = advised.costs
+        if pilot.hear(entry.mode, advised):
+            await self._switch(name, advised.mode, advised.reason)
+
+    async def _switch(self, name: str, mode: Mode, why: str) -> None:
+        """Change the mode of a deployment whose mode is auto, which it stays."""
+        async with self._lock:
+            self._refuse_if_stopping()
+            targets = [replace(target) for target in self._targets]
+            mine = [target for target in targets if target.name == name and target.auto]
+            if not mine:
+                return
+            before = mine[-1].mode
+            mine[-1].mode = mode
+            await self._apply(
+                await asyncio.to_thread(self._resolve, targets, only=frozenset([name])), targets
+            )
+            self._why[name] = why
+            log().info("mode.changed", deployment=name, before=before, now=mode, why=why)
 
     def _refuse_if_stopping(self) -> None:
         if self._stopping:
