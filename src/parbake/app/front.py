@@ -349,6 +349,8 @@ class Front:
             fresh = [slot.served.contract.freshness_s or 60.0 for slot in self._slots if slot.warmer]
             await asyncio.sleep(min(_TEND_S, _FRESHNESS_MARGIN / 2 * min(fresh, default=60.0)))
             for slot in list(self._slots):
+                if slot.recorder is not None:
+                    slot.recorder.trim()
                 head, warmer = slot.served.head, slot.warmer
                 if head is None or warmer is None or slot.served.closed:
                     continue

@@ -8,7 +8,7 @@ no objects to walk: ``key, where, seconds, raws, record, time``. For `REFUSED` t
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import time
 from typing import Any, Final
@@ -48,7 +48,7 @@ class Recorder:
     """
 
     __slots__ = (
-        "_late", "_late_from", "bytes_limit", "deployment", "digest", "dropped", "limit", "mode", "rows", "version",
+        "_late", "_late_from", "bytes_limit", "deployment", "digest", "dropped", "keys", "limit", "mode", "note_key", "rows", "version",
         "waiting", "wants_inputs", "wants_outputs",
     )  # fmt: skip
 
@@ -63,6 +63,7 @@ class Recorder:
         bytes_limit: int = 64 * 1024 * 1024,
         wants_inputs: bool = False,
         wants_outputs: bool = False,
+        keys_only: bool = False,
     ) -> None:
         self.deployment = deployment
         self.version = version
@@ -76,6 +77,9 @@ class Recorder:
         self.dropped = 0
         self.waiting = 0
         """Bytes of inputs and outputs in the ring."""
+        self.keys: list[bytes] = []
+        self.note_key: Callable[[bytes], None] | None = self.keys.append if keys_only else None
+        """Where only keys are wanted (the profile, no log) this is all that a row costs: call it in place of `note`."""
         self._late: list[Any] = []
         self._late_from = 0
 
@@ -102,8 +106,33 @@ class Recorder:
             self.waiting += size
         rows += (key, where, seconds, raws, record, time())
 
+    def note_all(self, flat: list[Any]) -> None:
+        """Several rows that were answered: for each its six items, without inputs and outputs."""
+        rows = self.rows
+        if len(rows) + len(flat) > self.limit:
+            self.dropped += len(flat) // WIDTH
+        else:
+            rows += flat
+
+    def drain_keys(self) -> bytes:
+        """Take out what `note_key` was given, joined."""
+        keys = self.keys
+        # The other thread only adds at the end.
+        count = len(keys)
+        taken = keys[:count]
+        del keys[:count]
+        return b"".join(taken)
+
+    def trim(self) -> None:
+        """Where nobody drains, forget the keys beyond the limit. For the thread that notes."""
+        if len(self.keys) * WIDTH > self.limit:
+            self.dropped += len(self.keys)
+            self.keys.clear()
+
     def refused(self, code: str, seconds: float, key: bytes = b"") -> None:
         """One row was answered with the error of that code."""
+        if self.note_key is not None:
+            return
         rows = self.rows
         if len(rows) < self.limit:
             rows += (key, REFUSED, seconds, code, None, time())

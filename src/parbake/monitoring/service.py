@@ -65,6 +65,7 @@ class Monitor:
             rows=rows,
             wants_inputs=options is not None and options.inputs != "off",
             wants_outputs=options is not None and options.outputs,
+            keys_only=options is None,
         )
         with self._lock:
             self._recorders.append(made)
@@ -84,6 +85,15 @@ class Monitor:
                 recorders, retired = [*self._recorders], [*self._retired]
             drained: list[tuple[Recorder, Rows]] = []
             for recorder in [*recorders, *retired]:
+                if recorder.note_key is not None:
+                    keys = recorder.drain_keys()
+                    if keys:
+                        with self._profile_lock:
+                            self._count(recorder.deployment, keys)
+                    elif recorder in retired:
+                        with self._lock:
+                            self._retired.remove(recorder)
+                    continue
                 rows = recorder.drain()
                 if rows is not None:
                     drained.append((recorder, rows))
@@ -144,6 +154,9 @@ class Monitor:
         if REFUSED in rows.where:
             # A refused request is not one that a table could have answered.
             keys = b"".join(key for key, where in zip(rows.keys, rows.where, strict=True) if where != REFUSED)
+        self._count(deployment, keys)
+
+    def _count(self, deployment: str, keys: bytes) -> None:
         profile = self._profiles.get(deployment)
         if profile is None:
             profile = self._profiles[deployment] = TrafficProfile(self._window_s)

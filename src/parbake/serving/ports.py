@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 
 class PredictionTable(Protocol):
@@ -27,6 +27,9 @@ class PredictionTable(Protocol):
 class Recorder(Protocol):
     """Takes a note of each answered row (the prediction log, the profile of the traffic). Never waits, never raises."""
 
+    note_key: Callable[[bytes], None] | None
+    """Where it is set only keys are wanted, by this way."""
+
     @property
     def wants_inputs(self) -> bool:
         """Whether the rows themselves are wanted."""
@@ -39,6 +42,9 @@ class Recorder(Protocol):
         self, key: bytes, where: int, seconds: float, raws: Sequence[bytes] | None, record: bytes | None
     ) -> None:
         """A row was answered: ``where`` is a code of `parbake.contract.where`, ``seconds`` the time in the server."""
+
+    def note_all(self, flat: list[Any]) -> None:
+        """Rows that were answered: key, where, seconds, None, None and Unix time of each, one after another."""
 
     def refused(self, code: str, seconds: float, key: bytes = b"") -> None:
         """A request was answered with an error."""

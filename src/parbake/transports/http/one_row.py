@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
-from time import perf_counter
-from typing import Final, cast
+from time import perf_counter, time
+from typing import Any, Final, cast
 
 from parbake.contract.key import KEY_BYTES, key_of
+from parbake.contract.tensors import Shape
 from parbake.contract.where import JOINED, MODEL
 from parbake.errors import ParbakeError
 from parbake.logs import log
 from parbake.runtime.batcher import Job, Outcome
-from parbake.serving.model import Shape
 from parbake.serving.service import ServedVersion
 from parbake.serving.stats import FOLD_AT
 from parbake.transports.http.endpoint import PredictionEndpoint
@@ -46,6 +46,8 @@ class OneRowEndpoint(PredictionEndpoint):
         self._get = served.get
         self._flights = served.flights
         self._recorder = served.recorder
+        self._note_key = served.recorder.note_key if served.recorder is not None else None
+        self._logs = served.recorder is not None and self._note_key is None
         self._keeps_inputs = served.recorder is not None and served.recorder.wants_inputs
         self._run = served.batcher.submit if served.batcher is not None and served.mode != "static" else None
         self._replies: dict[bytes, tuple[bytes, bytes, bytes]] = {}
@@ -103,8 +105,6 @@ class OneRowEndpoint(PredictionEndpoint):
             if self._flights is not None:
                 self._flights.board(key, job)
             else:
-                if self._recorder is not None:
-                    job.key = key_of(raw)
                 self._run(job)
         except ParbakeError as error:
             self._fail(exchange, error)
@@ -120,7 +120,9 @@ class OneRowEndpoint(PredictionEndpoint):
 
     def _note(self, exchange: Exchange, key: bytes, where: int, raws: Sequence[bytes], record: bytes) -> None:
         recorder = self._recorder
-        if recorder is not None:
+        if self._note_key is not None:
+            self._note_key(key)
+        elif recorder is not None:
             recorder.note(
                 key,
                 where,
@@ -144,8 +146,10 @@ class OneRowEndpoint(PredictionEndpoint):
     def _send_baked(self) -> None:
         baked, self._baked = self._baked, []
         answered = self._log
-        # With inputs they were noted where the row still was.
-        recorder = None if self._keeps_inputs else self._recorder
+        note_key = self._note_key
+        recorder = self._recorder if self._logs and not self._keeps_inputs else None
+        noted: list[Any] = []
+        now = time() if recorder is not None else 0.0
         for exchange, reply, parsed, key, record in baked:
             try:
                 exchange.protocol.send(exchange, reply)
@@ -157,9 +161,16 @@ class OneRowEndpoint(PredictionEndpoint):
             arrived = exchange.arrived
             total_s = perf_counter() - arrived
             answered += (parsed - arrived, 0.0, 0.0, total_s, 1, 1)
-            if recorder is not None:
+            if note_key is not None:
+                note_key(key)
+            elif recorder is not None:
                 where = self._served.where_baked(key)
-                recorder.note(key, where, total_s, None, record if recorder.wants_outputs else None)
+                if recorder.wants_outputs:
+                    recorder.note(key, where, total_s, None, record)
+                else:
+                    noted += (key, where, total_s, None, None, now)
+        if noted and recorder is not None:
+            recorder.note_all(noted)
         if len(answered) >= FOLD_AT:
             self._settle()
 
@@ -172,13 +183,16 @@ class OneRowEndpoint(PredictionEndpoint):
         model_s = outcome.seconds
         log = self._log
         rows = cast("Sequence[_Row]", jobs)  # only rows have this callback
-        if self._flights is not None or self._recorder is not None:
+        if self._flights is not None or self._logs:
             columns = [_rows_of(raw, len(jobs)) for raw in outcome.raws]
             for job, *out_raws in zip(rows, *columns, strict=True):
                 job.out_raws, job.out_shapes = out_raws, outcome.shapes
                 job.model_s = model_s
                 record = self._served.landed(job)
-                self._note(job.exchange, job.key, MODEL, job.raws, record)
+                self._note(job.exchange, job.key or key_of(job.raws[0]), MODEL, job.raws, record)
+        elif self._note_key is not None:
+            for job in rows:
+                self._note_key(key_of(job.raws[0]))
         for job, reply in zip(rows, replies, strict=True):
             exchange = job.exchange
             exchange.protocol.send(exchange, reply)
