@@ -9,21 +9,22 @@ does nothing, and the advisor is told.
 from __future__ import annotations
 
 import lzma
+import os
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
 from typing import Final
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from bench.load import Load as Requests
 from bench.load import Measured, put
 from bench.machine import this_machine
 from bench.network import packed_network, row_body, rows_of
-from bench.processes import peer
+from bench.processes import cpu_seconds, peer, with_descendants
 from bench.report import Section, Table, at_most
 from parbake.advisor.model import Costs, Load
 from parbake.advisor.queueing import Answers, Simulated, simulate
@@ -32,21 +33,21 @@ from parbake.app.advise import LearnedHead
 from parbake.app.measure import examples_of, measure, quick_table
 from parbake.contract.bundle import StoredBundle
 from parbake.contract.key import Keys as RowKeys
+from parbake.monitoring.trace import shifting_keys, zipf_keys
 from parbake.testing import serving
 
 TRACES: Final = Path(__file__).parents[2] / "shared" / "traces"
 _CONSTANT: Final = Path(__file__).parent / "peers" / "constant.py"
 _CONNECTIONS: Final = 32
-_FEATURES: Final = 10
-_SIDE: Final = 32
-_CHANNELS: Final = 32
-_LARGE: Final = 20
+_MODELS: Final = (("microseconds", 0), ("about 1 ms", 6), ("about 20 ms", 80))
+"""What a row takes, about, and the convolutions for that."""
+
 _SEED: Final = 7
 _BUDGET: Final = 0.05
 _WARM_UP_S: Final = 0.5
+_CLIENT_START_S: Final = 0.3
+"""About what the load generator takes to start: Python and its imports."""
 _NEVER: Final = 1 << 60
-
-Rows = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +58,11 @@ class Case:
     trace: str
     way: str
     predicted: Simulated
+    predicted_coverage: float
     observed: Measured
     observed_coverage: float
+    others: float
+    """CPUs that other programs took meanwhile; the prediction was told."""
 
     def ratios(self) -> dict[str, float]:
         """Predicted in ratio to observed."""
@@ -67,7 +71,7 @@ class Case:
             "p50": self.predicted.p50_s * 1e3 / self.observed.p50_ms,
         }
         if self.observed_coverage:
-            found["coverage"] = self.predicted.coverage / self.observed_coverage
+            found["coverage"] = self.predicted_coverage / self.observed_coverage
         return found
 
 
@@ -78,11 +82,11 @@ def run(folder: Path, *, seconds: float, quick: bool, say: Callable[[str], None]
     traces, generated = _traces()
     cases: list[Case] = []
     sizes: dict[str, tuple[float, float]] = {}
-    named: list[tuple[str, int]] = [("microseconds", 0), ("about 1 ms", 6), ("about 20 ms", 80)]
+    models: tuple[tuple[str, int], ...] = _MODELS
     if quick:
-        named, traces = named[:1], traces[:1]
+        models, traces = models[:1], traces[:1]
     measured: dict[str, Costs] = {}
-    for what, layers in named:
+    for what, layers in models:
         say(f"{what}: packing")
         rows = rows_of(max(int(keys.max()) + 1 for _, keys in traces))
         bundle = packed_network(folder / what.replace(" ", "-"), layers, rows[: 256 if layers < 10 else 8])
@@ -125,17 +129,11 @@ def _case(
     words += ["--table", str(table)] if way == "static" else []
     words += ["--head-rows", str(head_rows)] if way == "hybrid" else []
     order = tuple(keys.tolist())
-    predicted = simulate(
-        costs,
-        Load(_CONNECTIONS),
-        _answers(way, order, head_rows),
-        requests=_NEVER,
-        most_s=_WARM_UP_S + seconds,
-        warm_up_s=_WARM_UP_S,
-        client_s=client_s,
-    )
     with serving(bundle.path, arguments=words) as server:
         path = f"/v2/models/{bundle.contract.name}/infer"
+        pids = with_descendants(server.process.pid)
+        machine, own = _busy_s(), cpu_seconds(pids)
+        started = time.perf_counter()
         observed = put(
             Requests(
                 server.port,
@@ -147,24 +145,57 @@ def _case(
                 warm_up_s=_WARM_UP_S,
             )
         )
+        passed = time.perf_counter() - started
+        ours = cpu_seconds(pids) - own + observed.busy * (observed.seconds + _WARM_UP_S) + _CLIENT_START_S
+        others = max(_busy_s() - machine - ours, 0.0) / passed
         if observed.failed or observed.unknown:
             raise RuntimeError(f"{way}: {observed.failed} failures; first: {observed.complaint}")
         coverage = _coverage(server.url)
-    return Case(model, trace, way, predicted, observed, coverage)
-
-
-def _answers(way: str, order: tuple[int, ...], head_rows: int) -> Answers:
-    many = len(order)
-    if way == "dynamic":
-        return Answers(lambda number: False, lambda number: None)
-    if way == "static":
-        return Answers(lambda number: True, lambda number: None)
-    head = LearnedHead(head_rows, None)
-    return Answers(
-        lambda number: head.hit(order[number % many]),
-        lambda number: head.computed(order[number % many]),
-        lambda number: order[number % many],
+    ways = _Ways(way, order, head_rows)
+    predicted = simulate(
+        replace(costs, cores=max(costs.cores - others, 0.5)),
+        Load(_CONNECTIONS),
+        ways.answers,
+        requests=_NEVER,
+        most_s=_WARM_UP_S + seconds,
+        warm_up_s=_WARM_UP_S,
+        client_s=client_s,
     )
+    return Case(model, trace, way, predicted, ways.coverage, observed, coverage, others)
+
+
+class _Ways:
+    """What is kept in each way of serving, and how much of it all requests found."""
+
+    def __init__(self, way: str, order: tuple[int, ...], head_rows: int) -> None:
+        self._way = way
+        self._order = order
+        self._head = LearnedHead(head_rows, None)
+        self.asked = self.found = 0
+        self.answers = Answers(self._hit, self._computed)
+        if way == "hybrid":
+            self.answers = Answers(self._hit, self._computed, self._key, self._joined)
+
+    @property
+    def coverage(self) -> float:
+        """Of all requests, the warm-up too."""
+        return self.found / self.asked if self.asked else 0.0
+
+    def _key(self, number: int) -> int:
+        return self._order[number % len(self._order)]
+
+    def _hit(self, number: int) -> bool:
+        hit = self._way == "static" or (self._way == "hybrid" and self._head.hit(self._key(number)))
+        self.asked += 1
+        self.found += hit
+        return hit
+
+    def _computed(self, number: int) -> None:
+        if self._way == "hybrid":
+            self._head.computed(self._key(number))
+
+    def _joined(self, number: int) -> None:
+        self._head.joined(self._key(number))
 
 
 def _coverage(url: str) -> float:
@@ -179,6 +210,13 @@ def _coverage(url: str) -> float:
                 found[name] += float(line.rpartition(" ")[2])
     rows, hits = found.values()
     return hits / rows if rows else 0.0
+
+
+def _busy_s() -> float:
+    """CPU time that the whole machine has spent on anything, or that was taken from it."""
+    fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
+    user, nice, system, _, _, irq, softirq, steal = map(int, fields[:8])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
 def _client_s(seconds: float) -> float:
@@ -197,16 +235,10 @@ def _traces() -> tuple[list[tuple[str, Keys]], bool]:
             (path.name.partition(".")[0], numbered(np.frombuffer(lzma.decompress(path.read_bytes()), ">u4")))
             for path in paths
         ], False
-    random = np.random.default_rng(_SEED)
-    zipf = _zipf(random, 80_000, 15_000)
-    # A head that moves on by a hundredth of the keys with each thousandth of the requests.
-    shifting = (_zipf(random, 80_000, 15_000) + np.arange(80_000) // 80 * 15) % 20_000
-    return [("zipf", numbered(zipf)), ("shifting head", numbered(shifting))], True
-
-
-def _zipf(random: np.random.Generator, requests: int, keys: int) -> npt.NDArray[np.int64]:
-    weights = 1 / np.arange(1, keys + 1)
-    return random.choice(keys, requests, p=weights / weights.sum())
+    return [
+        ("zipf", numbered(zipf_keys(1.0, 15_000, 80_000, seed=_SEED))),
+        ("shifting head", numbered(shifting_keys(1.0, 10_000, 80_000, every=4_000, share=0.1, seed=_SEED))),
+    ], True
 
 
 def _section(
@@ -226,8 +258,9 @@ def _section(
             f"{case.predicted.p50_s * 1e3:.3f}",
             f"{case.observed.p50_ms:.3f}",
             f"{case.ratios()['p50']:.2f}",
-            f"{case.predicted.coverage:.3f}",
+            f"{case.predicted_coverage:.3f}",
             f"{case.observed_coverage:.3f}",
+            f"{case.others:.2f}",
         )
         for case in cases
     )
@@ -257,7 +290,8 @@ def _section(
             f"Predicted by the advisor from what it measured on this machine, and observed: {_CONNECTIONS} connections "
             f"that never rest for {seconds:g} s after {_WARM_UP_S:g} s, from a cold start, hybrid with a learned head "
             f"of {100 * _BUDGET:g} % of the keys. Load from bench/load.py on the same CPUs, which takes "
-            f"{client_s * 1e6:.1f} us of CPU time for a request, and the prediction counts that in. Traces {source}."
+            f"{client_s * 1e6:.1f} us of CPU time for a request; the prediction counts that in, and the CPUs that "
+            f"other programs took during the run. Traces {source}."
         ),
         tables=(
             Table(
@@ -272,6 +306,7 @@ def _section(
                     "ratio",
                     "coverage predicted",
                     "observed",
+                    "CPUs of others",
                 ),
                 lines,
             ),
@@ -292,13 +327,14 @@ def _section(
                     "model": case.model,
                     "trace": case.trace,
                     "way": case.way,
-                    "predicted": msgspec.to_builtins(case.predicted),
+                    "predicted": {**msgspec.to_builtins(case.predicted), "coverage": case.predicted_coverage},
                     "observed": {
                         "requests_per_s": case.observed.requests_per_s,
                         "p50_ms": case.observed.p50_ms,
                         "p99_ms": case.observed.p99_ms,
                         "coverage": case.observed_coverage,
                         "client_busy": case.observed.busy,
+                        "cpus_of_others": case.others,
                     },
                 }
                 for case in cases

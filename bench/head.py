@@ -15,6 +15,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Final
 
+import numpy as np
+
 from bench import policies
 from bench.clients import Client
 from bench.load import Load, Measured, put
@@ -187,42 +189,31 @@ def _release(
     say("a release under traffic")
     second = packed_network(folder / "second", _LAYERS, rows[:256], seed=8).path
     with serving(bundle, mode="hybrid", workers=1, head_rows=round(_BUDGET * trace.distinct)) as server:
-        done: list[Measured] = []
-        asking = threading.Thread(
-            target=lambda: done.append(_put(server, bodies, trace.keys, 8 * seconds + 20, connections=8))
-        )
+        asking = threading.Thread(target=_put, args=(server, bodies, trace.keys, 4 * seconds + 15, 8))
         asking.start()
-        time.sleep(4 * seconds)
-        swapped: list[float] = []
-        changing = threading.Thread(
-            target=lambda: swapped.append(
-                admin.reload([Change(bundle=str(second))], port=server.port).seconds
-            )
-        )
-        before = _counted(server)
-        changing.start()
-        samples = [(time.monotonic(), *before)]
-        while changing.is_alive() or time.monotonic() < samples[-1][0] + 1.2:
-            if not changing.is_alive() and swapped and len(swapped) == 1:
-                swapped.append(time.monotonic())
-            time.sleep(0.1)
-            if changing.is_alive():
-                samples.append((time.monotonic(), *_counted(server)))
-        after = _counted(server)
-        last, at_swap = samples[max(0, len(samples) - 12)], samples[-1]
-        coverage_before = (at_swap[2] - last[2]) / max(at_swap[1] - last[1], 1)
-        coverage_after = (after[1] - at_swap[2]) / max(after[0] - at_swap[1], 1)
+        samples: list[tuple[float, float, float]] = []
+        over = threading.Event()
+        watching = threading.Thread(target=_watch, args=(server, samples, over))
+        watching.start()
+        time.sleep(3 * seconds)
+        took_s = admin.reload([Change(bundle=str(second))], port=server.port).seconds
+        swapped = time.monotonic()
+        time.sleep(1.5)
+        over.set()
+        watching.join()
         asking.join()
+    coverage_before = _covered(samples, swapped - 1, swapped)
+    coverage_after = _covered(samples, swapped, swapped + 1)
     ratio = coverage_after / coverage_before if coverage_before else 0.0
     table = Table(
         "A release in the middle of traffic",
-        ("", "coverage in the second before", "in the second after", "baking took s"),
+        ("", "coverage in the second before", "in the second after", "the release took s"),
         (
             (
                 f"{trace.name}, 8 connections",
                 f"{coverage_before:.3f}",
                 f"{coverage_after:.3f}",
-                f"{swapped[0]:.1f}",
+                f"{took_s:.1f}",
             ),
         ),
     )
@@ -250,6 +241,20 @@ def _baked(folder: Path, bundle: Path, rows: Any, name: str) -> Path:
     pq.write_table(pa.table({"x": lists}), folder / f"{name}.parquet")
     bake(bundle, folder / f"{name}.parquet", folder / f"{name}.table", workers=1)
     return folder / f"{name}.table"
+
+
+def _watch(server: Server, samples: list[tuple[float, float, float]], over: threading.Event) -> None:
+    """Note time, rows and rows answered without the model, until it is over."""
+    while not over.is_set():
+        samples.append((time.monotonic(), *_counted(server)))
+        time.sleep(0.05)
+
+
+def _covered(samples: Sequence[tuple[float, float, float]], start: float, end: float) -> float:
+    """Coverage between two moments."""
+    times, rows, hits = zip(*samples, strict=True)
+    asked, found = (float(np.diff(np.interp((start, end), times, counts))[0]) for counts in (rows, hits))
+    return found / asked if asked else 0.0
 
 
 def _counted(server: Server) -> tuple[float, float]:

@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Final
 
 import click
+import numpy as np
 
 import parbake
 from demo.comparison import MODES, Disagreement, Row, compare, meaning, request_body
@@ -28,6 +29,7 @@ from parbake.testing import Server, serving
 _PAST_REQUESTS: Final = 20_000
 _REQUESTS_PER_S: Final = 30_000
 """More than are sent, so that the traffic does not begin again."""
+_ADVISED_ON: Final = 50_000
 _TITLES: Final = ("mode", "requests/s", "p50 ms", "p99 ms", "coverage", "agreement", "404")
 
 
@@ -71,6 +73,7 @@ def _run(options: argparse.Namespace) -> None:
     with _serve(folder, options.port) as server:
         rows = _replay(server, trained, coming, popular.tolist(), options)
         _show(rows, len(popular))
+        _advise(coming, folder, options.connections)
         if not options.once:
             _stay(server, folder)
 
@@ -234,7 +237,7 @@ def _show(rows: list[Row], baked: int) -> None:
     emit()
     checked = sum(row.measured.right for row in rows)
     emit(
-        "coverage: share of requests answered from the table. agreement: predictions equal to scikit-learn's own,"
+        "coverage: share of requests answered without the model. agreement: predictions equal to scikit-learn's own,"
     )
     emit(f"label and all ten probabilities ({checked:,} checked). 404: the image is not in the table.")
     limited = [row.mode for row in rows if row.measured.busy > 0.9]
@@ -242,6 +245,17 @@ def _show(rows: list[Row], baked: int) -> None:
         emit(f"The load generator was busy all the time at {', '.join(limited)}: the server could do more.")
     emit()
     emit(_bold(meaning(rows, baked)))
+
+
+def _advise(coming: Traffic, folder: Path, connections: int) -> None:
+    """What the advisor says of this model and this traffic."""
+    _head("Advise")
+    trace = folder / "requests.trace"
+    trace.write_bytes(np.array(coming.requests[:_ADVISED_ON], ">u4").tobytes())
+    emit(f"Which way is right for this model? What the advisor says of {_ADVISED_ON:,} of these requests:")
+    _command(
+        "advise", str(folder / "digits.bundle"), "--trace", str(trace), "--connections", str(connections)
+    )
 
 
 def _stay(server: Server, folder: Path) -> None:

@@ -130,6 +130,7 @@ def meaning(rows: Sequence[Row], baked: int) -> str:
     else:
         speed = f"only {factor:.2f} times as many requests per second as the model alone"
     return (
-        f"With {hybrid.coverage:.0%} of the requests found in a table of {baked:,} images, hybrid answers {speed}, "
+        f"With {hybrid.coverage:.0%} of the requests found among the {baked:,} images of the table and those that it "
+        f"kept on the way, hybrid answers {speed}, "
         f"each with the very bits of the model; static needs no model at all and has an answer to {answered:.0%}."
     )

@@ -97,6 +97,11 @@ class Caller:
             time.sleep(self._pause_s)
         self._call.close()
 
+    @property
+    def failures(self) -> list[Noted]:
+        """What was not answered with 200."""
+        return [noted for noted in self.noted if noted.status != 200]
+
     def stop(self) -> None:
         """Ask no more, and wait for the last answer."""
         self._stop.set()
@@ -142,6 +147,12 @@ def rows(name: str, *values: Sequence[float]) -> Ask:
     """Asks a model for these rows, over and over."""
     bodies = [infer(row) for row in values]
     return lambda number: (f"/v2/models/{name}/infer", bodies[number % len(bodies)])
+
+
+def predict(name: str, *bodies: object) -> Ask:
+    """Asks a model by column name for these, over and over."""
+    encoded = [json.dumps(body).encode() for body in bodies]
+    return lambda number: (f"/predict/{name}", encoded[number % len(encoded)])
 
 
 def answer(noted: Noted) -> list[float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import urllib.request
 from pathlib import Path
 
@@ -63,6 +64,41 @@ def test_reload_finds_the_server_and_says_what_changed(
         unknown = parbake("reload", "halver", env=environment)
         assert unknown.returncode == Exit.NOT_FOUND
         assert unknown.stderr == "error: no deployment 'halver'\nhint: deployments: doubler\n"
+
+
+def test_reload_puts_a_bundle_under_a_deployment_with_a_name_of_its_own(
+    parbake: Parbake, environment: dict[str, str], doubler_bundle: StoredBundle, tmp_path: Path
+) -> None:
+    file = tmp_path / "parbake.toml"
+    file.write_text(f'[[deployments]]\nname = "fare"\nbundle = "{doubler_bundle.path}"\n')
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(doubler_bundle.path, elsewhere)
+    with serving(arguments=["--config", str(file)], environment=environment) as server:
+        by_its_own = parbake("reload", elsewhere, env=environment)
+        assert by_its_own.stderr == "error: no deployment 'doubler'\nhint: deployments: fare\n"
+        done = parbake("reload", elsewhere, "--name", "fare", env=environment)
+        assert (done.returncode, done.stderr.split(": ")[-1]) == (0, "fare:1\n")
+        served = json.loads(parbake("status", "--json", env=environment).stdout)["versions"]
+        assert [(version["name"], version["bundle"]) for version in served] == [("fare", str(elsewhere))]
+        assert server.stop() == Exit.DONE
+
+
+def test_status_shows_what_is_served(
+    parbake: Parbake, environment: dict[str, str], doubler_bundle: StoredBundle
+) -> None:
+    with serving(doubler_bundle.path, environment=environment) as server:
+        assert answer(server.url, ROW) == {"y": [2.0, 5.0]}
+        done = parbake("status", env=environment)
+        assert (done.returncode, done.stderr) == (0, "")
+        words = done.stdout.splitlines()[-1].split()
+        assert words[:3] == ["doubler", "1", "dynamic"]
+        assert words[3] == doubler_bundle.digest[:19]
+        assert words[4:7] == ["-", "1", "0"]
+        as_json = json.loads(parbake("status", "--json", env=environment).stdout)
+        assert as_json["versions"][0]["digest"] == doubler_bundle.digest
+        assert as_json["versions"][0]["requests"] == 1
+    nobody = parbake("status", env=environment)
+    assert nobody.returncode == Exit.UNAVAILABLE
 
 
 def test_reload_without_a_server_says_so(parbake: Parbake, environment: dict[str, str]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +18,8 @@ from onnx import TensorProto, helper, numpy_helper
 import parbake
 from parbake.testing import Server, serving
 from parbake.transports import client
-from tests.acceptance.load import Caller, calling
 from tests.conftest import Parbake
+from tests.traffic import Caller, calling, once, predict
 
 BAKED = [{"x": [float(i), 1.0]} for i in range(8)]
 UNBAKED = [{"x": [float(i), -1.0]} for i in range(100, 108)]
@@ -80,13 +79,11 @@ def test_a_killed_runner_stops_nobody_else(pack: Pack, parbake: Parbake) -> None
     first, second = pack("first", 2, "first.bundle"), pack("second", 3, "second.bundle")
     table = bake(parbake, first, "first.table")
     with serving(first, second, placement="process", table=f"first={table}", head_rows=0) as server:
-        other = Caller(server.port, "/predict/second", UNBAKED)
-        baked = Caller(server.port, "/predict/first", BAKED)
-        tail = Caller(server.port, "/predict/first", UNBAKED)
+        asked = predict("second", *UNBAKED), predict("first", *BAKED), predict("first", *UNBAKED)
         (killed,) = runners_of(server, "first")
 
         # When the runner of the one with the table is killed under load
-        with calling(other, baked, tail):
+        with calling(server.url, *asked) as (other, baked, tail):
             time.sleep(0.5)
             at = time.monotonic()
             os.kill(killed, signal.SIGKILL)
@@ -95,15 +92,18 @@ def test_a_killed_runner_stops_nobody_else(pack: Pack, parbake: Parbake) -> None
         # Then the other model and the baked rows have not noticed, with many answers since
         for caller, rows, factor in ((other, UNBAKED, 3.0), (baked, BAKED, 2.0)):
             assert caller.failures == []
-            assert sum(got.at > at for got in caller.got) > 50
-            assert all(got.body == multiplied(rows[i % 8], factor) for i, got in enumerate(caller.got))
+            assert sum(noted.ended > at for noted in caller.noted) > 50
+            assert all(
+                noted.json() == multiplied(rows[i % 8], factor) for i, noted in enumerate(caller.noted)
+            )
 
         # And the rest got 503 with Retry-After, for less than a second
         assert tail.failures
-        assert {got.status for got in tail.failures} == {503}
-        assert all(int(got.retry_after) >= 1 for got in tail.failures)
-        assert all(got.body["code"] == "runner_down" for got in tail.failures)
-        back = next(got.at for got in tail.got if got.status == 200 and got.at > tail.failures[-1].at)
+        assert {noted.status for noted in tail.failures} == {503}
+        assert all(int(noted.headers["retry-after"]) >= 1 for noted in tail.failures)
+        assert all(noted.json()["code"] == "runner_down" for noted in tail.failures)
+        last = tail.failures[-1].ended
+        back = next(noted.ended for noted in tail.noted if noted.status == 200 and noted.ended > last)
         assert back - at < 1.0
         assert runners_of(server, "first") != (killed,)
 
@@ -115,8 +115,7 @@ def test_a_new_bundle_and_a_new_table_go_under_a_running_server_unnoticed(
     old, new = pack("eta", 2, "old.bundle"), pack("eta", 5, "new.bundle")
     table, newer = bake(parbake, old, "old.table"), bake(parbake, new, "new.table")
     with serving(old, table=table, placement="process", head_rows=0) as server:
-        callers = [Caller(server.port, "/predict/eta", rows) for rows in (BAKED, UNBAKED)]
-        with calling(*callers):
+        with calling(server.url, predict("eta", *BAKED), predict("eta", *UNBAKED)) as callers:
             # When the table alone does not fit the new bundle, it is refused and nothing changes
             refused = parbake("reload", "--port", str(server.port), "--table", newer)
             assert refused.returncode != 0
@@ -131,34 +130,31 @@ def test_a_new_bundle_and_a_new_table_go_under_a_running_server_unnoticed(
             time.sleep(0.3)
 
         # Then no request failed, and every answer is exactly one of the two models'
-        for caller in callers:
+        for caller, rows in zip(callers, (BAKED, UNBAKED), strict=True):
             assert caller.failures == []
-            for number, got in enumerate(caller.got):
-                row = caller.bodies[number % 8]
-                assert got.body in (multiplied(row, 2), multiplied(row, 5))
-                if got.at > swapped + 0.1:
-                    assert got.body == multiplied(row, 5)
+            for number, noted in enumerate(caller.noted):
+                row = rows[number % 8]
+                assert noted.json() in (multiplied(row, 2), multiplied(row, 5))
+                if noted.ended > swapped + 0.1:
+                    assert noted.json() == multiplied(row, 5)
 
 
 def test_everything_accepted_is_answered_when_the_server_is_told_to_stop(pack: Pack) -> None:
     # Given a server under load
     bundle = pack("eta", 2, "eta.bundle")
     with serving(bundle, placement="process") as server:
-        callers = [Caller(server.port, "/predict/eta", UNBAKED) for _ in range(8)]
-        with calling(*callers):
+        with calling(server.url, *[predict("eta", *UNBAKED)] * 8) as callers:
             time.sleep(0.3)
 
             # When it gets SIGTERM
             status = server.stop(signal.SIGTERM)
-            for caller in callers:
-                caller.stop.set()
 
         # Then it ends well, and no connection broke before it had its answer
         assert status == 0
         for caller in callers:
-            failed = [got for got in caller.failures if "Refused" not in str(got.body)]
+            failed = [noted for noted in caller.failures if b"Refused" not in noted.body]
             assert failed == []
-            assert len(caller.got) > 3
+            assert len(caller.noted) > 3
 
 
 def test_no_process_outlives_a_killed_supervisor(pack: Pack) -> None:
@@ -203,20 +199,16 @@ def test_a_second_signal_ends_the_server_at_once(pack: Pack, tmp_path: Path) -> 
     finally:
         sys.path.remove(str(tmp_path))
     with serving(bundle.path) as server:
-        caller = Caller(server.port, "/predict/nap", [{"x": 0.0}, {"x": 20.0}])
-        thread = threading.Thread(target=caller.run)
-        thread.start()
-        while not caller.got:
-            time.sleep(0.01)
+        caller = Caller(server.url, predict("nap", {"x": 0.0}, {"x": 20.0}), 0.0)
+        caller.wait(1)
         time.sleep(0.2)
-        caller.stop.set()
 
         # When it is told to stop, and told again
         server.process.send_signal(signal.SIGTERM)
         time.sleep(0.5)
         assert server.process.poll() is None
         status = server.stop(signal.SIGTERM, timeout_s=5)
-        thread.join()
+        caller.stop()
 
         # Then it has not waited
         assert status != 0
@@ -305,16 +297,12 @@ def parbake_pack_fresh(folder: Path) -> Path:
 
 def ask(server: Server, name: str, row: Any = UNBAKED[0]) -> Any:
     """One answer."""
-    caller = Caller(server.port, f"/predict/{name}", [row])
-    with calling(caller):
-        pass
-    assert caller.failures == []
-    return caller.got[0].body
+    noted = once(server.url, f"/predict/{name}", json.dumps(row).encode())
+    assert noted.status == 200, noted
+    return noted.json()
 
 
 def refusal(server: Server, name: str, row: Any = UNBAKED[0]) -> Any:
     """The body of a refusal, or None where there was an answer or no connection."""
-    caller = Caller(server.port, f"/predict/{name}", [row])
-    with calling(caller):
-        pass
-    return next((got.body for got in caller.got if got.status >= 400), None)
+    noted = once(server.url, f"/predict/{name}", json.dumps(row).encode())
+    return noted.json() if noted.status >= 400 else None

@@ -53,6 +53,7 @@ def test_a_row_has_the_same_bits_whichever_way_it_is_asked(
                 "process": "placement = 'process'",
                 "static": "mode = 'static'\ntable = 'all.table'",
                 "hybrid": "mode = 'hybrid'\ntable = 'some.table'",
+                "learned": "mode = 'hybrid'",
             }.items()
         )
     )
@@ -66,7 +67,7 @@ def test_a_row_has_the_same_bits_whichever_way_it_is_asked(
             "gRPC": lambda name, rows: _triton(triton_grpc, grpc, contract, name, rows),
             "predict": lambda name, rows: _people(contract, server, name, rows),
         }
-        for name in ("inline", "process", "static", "hybrid"):
+        for name in ("inline", "process", "static", "hybrid", "learned"):
             for way, ask in ways.items():
                 answers[f"{way}, {name}, together"] = ask(name, animal.rows)
                 answers[f"{way}, {name}, alone"] = _alone(animal, name, ask)

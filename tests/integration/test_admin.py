@@ -125,7 +125,9 @@ def test_the_repository_lists_unloads_and_loads(server: Server) -> None:
         for path in ("/v2/models/eta/infer", "/predict/eta"):
             noted = once(server.url, path, infer((1, 2)))
             assert (noted.status, noted.json()["code"]) == (503, "not_ready")
-            assert "load it" in noted.json()["hint"]
+            assert noted.json()["hint"].startswith(
+                "parbake reload eta, or POST /v2/repository/models/eta/load"
+            )
             assert noted.headers["retry-after"] == "5"
         assert once(server.url, "/v2/models/eta/ready").status == 503
         assert once(server.url, "/v2/models/eta").status == 503
@@ -137,6 +139,28 @@ def test_the_repository_lists_unloads_and_loads(server: Server) -> None:
     for _ in range(4):
         assert index() == [("eta", "READY"), ("other", "READY")]
         assert answer(once(server.url, "/v2/models/eta/infer", infer((1, 2)))) == [2.0, 4.0]
+
+
+def test_reload_by_name_loads_what_was_unloaded_and_reload_of_everything_does_not(server: Server) -> None:
+    assert once(server.url, "/v2/repository/models/eta/unload", b"").status == 200
+    assert client.reload(port=server.port).changed == ()
+    assert client.reload([Change("eta", mode="hybrid")], port=server.port).changed == ()
+    assert client.status(port=server.port).unloaded == ("eta",)
+    assert client.reload([Change("eta", mode="dynamic"), Change("eta")], port=server.port).changed == (
+        "eta:1",
+    )
+    assert answer(once(server.url, "/v2/models/eta/infer", infer((1, 2)))) == [2.0, 4.0]
+
+
+def test_the_status_counts_what_was_asked(server: Server) -> None:
+    def asked() -> tuple[int, int]:
+        eta = client.status(port=server.port).versions[0]
+        return eta.requests, eta.errors
+
+    requests, errors = asked()
+    assert once(server.url, "/v2/models/eta/infer", infer((1, 2))).status == 200
+    assert once(server.url, "/v2/models/eta/infer", b"{").status == 400
+    assert asked() == (requests + 2, errors + 1)
 
 
 def test_a_model_is_loaded_again_from_what_is_there_now(server: Server, folder: Path) -> None:

@@ -6,15 +6,18 @@ import itertools
 import json
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from parbake.app.control import HeadCounts
 from parbake.app.supervisor import Change
 from parbake.contract.bundle import read_bundle
+from parbake.contract.model import Key
 from parbake.errors import SettingsError
 from parbake.testing import Server, serving
 from parbake.transports import client
@@ -182,6 +185,46 @@ def test_the_mode_changes_under_load(tmp_path: Path) -> None:
                 _, body = asked[callers.index(caller)](number)
                 values = json.loads(body)["inputs"][0]["data"]
                 assert answer(noted) == [2 * value for value in values]
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Dynamic mode, and hybrid mode with heads that are too small, by row key, entity key and rounded key."""
+    folder = tmp_path_factory.mktemp("mixed")
+    rounded = Key(rounding={"left": 0, "right": 0})
+    bundles = {
+        "row": write_scaled(folder / "row.bundle", 3, name="row"),
+        "entity": write_scaled(folder / "entity.bundle", 3, name="entity", key=Key(columns=("left",))),
+        "rounded": write_scaled(folder / "rounded.bundle", 3, name="rounded", key=rounded),
+    }
+    config = ""
+    for name, bundle in bundles.items():
+        for mode in ("dynamic", "hybrid"):
+            config += f'[[deployments]]\nname = "{name}-{mode}"\nbundle = "{bundle.path}"\nmode = "{mode}"\nhead_rows = 4\n'
+    (folder / "parbake.toml").write_text(config)
+    with serving(config=folder / "parbake.toml", workers=1) as server:
+        yield server
+
+
+@given(
+    requests=st.lists(
+        st.lists(
+            st.tuples(st.sampled_from([0.0, 1.25, 2.5, 3.5]), st.integers(0, 3)), min_size=1, max_size=6
+        ),
+        min_size=1,
+        max_size=6,
+    )
+)
+@pytest.mark.parametrize("kind", ["row", "entity", "rounded"])
+def test_any_mixture_has_the_answers_of_the_model(
+    mixed: Server, kind: str, requests: list[list[tuple[float, int]]]
+) -> None:
+    with Call(mixed.url) as call:
+        for pairs in requests:
+            body = infer([float(value) for pair in pairs for value in pair])
+            wanted = call(f"/v2/models/{kind}-dynamic/infer", body)
+            got = call(f"/v2/models/{kind}-hybrid/infer", body)
+            assert answer(got) == answer(wanted)
 
 
 def test_counts_of_heads_add_up() -> None:

@@ -140,9 +140,15 @@ def test_counts_only_grow_whatever_is_killed_or_changed(tmp_path: Path) -> None:
         client.reload([Change(bundle=str(path))], port=server.port)
         before = look()
         wait_for(lambda: look() > before + 10)
+        # The processes are other ones now, and so they are after a kill of one of these.
+        assert restarts() == (2, 1)
+        os.kill(client.status(port=server.port).versions[0].runner_pids[0], signal.SIGKILL)
+        wait_for(lambda: look() and restarts() == (2, 2))
+        assert client.status(port=server.port).versions[0].runner_restarts == 2
         for caller in callers:
             caller.wait(5)
-    answered = sum(noted.status == 200 for caller in callers for noted in caller.noted)
+    # Refusals are answers too: those of the moment without a runner.
+    answered = sum(noted.status > 0 for caller in callers for noted in caller.noted)
     # Of a front that is killed, what it counted since somebody last looked is lost; nothing is counted twice.
     assert seen[-1] <= answered + 5
 

@@ -152,7 +152,7 @@ def _prediction(
 ) -> Prediction:
     costs, promise, prices = question.costs, question.promise, question.prices
     usual, most = followed.usual, followed.most
-    cpu_s = most.front_s + most.model_s * costs.threads
+    cpu_s = usual.front_s + usual.model_s * costs.threads
     stale_s: float | None = 0.0
     storage = baked_s = 0.0
     wasted_s: float | None = 0.0

@@ -24,7 +24,7 @@ import numpy as np
 from parbake.advisor.model import Costs, Load
 
 _FRONT, _MODEL, _CLIENT = 0, 1, 2
-_ARRIVE, _RECEIVE, _BATCH, _BACK = 0, 1, 2, 3
+_ARRIVE, _RECEIVE, _BATCH, _BACK, _ANSWER = 0, 1, 2, 3, 4
 _NEVER: Final = float("inf")
 _SEED: Final = 0
 
@@ -34,12 +34,14 @@ class Answers:
     """What is kept, request by request: numbers count from 0 in the order of arrival.
 
     ``hit`` says whether the request is answered without the model, ``computed`` tells that its answer was computed
-    just now, ``key`` names its key for requests that are computed together (None: nobody shares).
+    just now, ``key`` names its key for requests that are computed together (None: nobody shares), ``joined`` tells
+    of one that waits for another's answer.
     """
 
     hit: Callable[[int], bool]
     computed: Callable[[int], None]
     key: Callable[[int], int] | None = None
+    joined: Callable[[int], None] = lambda number: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +115,7 @@ class _Simulation:
         self._client: deque[int] = deque()
         self._waiting: deque[int] = deque()
         self._running: list[int] = []
+        self._landing: deque[int] = deque()
         self._model_free = True
         self._flights: dict[int, list[int]] = {}
         self._sent: list[float] = []
@@ -222,7 +225,7 @@ class _Simulation:
     def _next(self, more_s: float = 0.0) -> None:
         kind, number = self._queue[0]
         if kind == _BATCH:
-            seconds = self._batch_s + self._miss_s * len(self._running)
+            seconds = self._batch_s
         else:
             hit = self._hits[number] = self._answers.hit(number)
             seconds = self._hit_s if hit else self._miss_s
@@ -240,14 +243,18 @@ class _Simulation:
             return
         if kind == _BATCH and self._costs.inline and number:
             # The model has run inside the front: now its answers go out.
-            self._start(_FRONT, self._batch_s + self._miss_s * len(self._running), (_BATCH, 0))
+            self._start(_FRONT, self._batch_s, (_BATCH, 0))
             return
         if kind == _BATCH:
             self._land()
-        elif self._hits[number]:
+        elif kind == _ANSWER or self._hits[number]:
             self._reply(number)
         else:
             self._wait(number)
+        if self._landing:
+            # One answer after another goes out: who gets the first asks again while the last is written.
+            self._start(_FRONT, self._miss_s, (_ANSWER, self._landing.popleft()))
+            return
         if self._turn:
             self._queue.popleft()
             self._turn -= 1
@@ -265,6 +272,7 @@ class _Simulation:
             flight = self._flights.get(key)
             if flight is not None:
                 flight.append(number)
+                self._answers.joined(number)
                 return
             self._flights[key] = [number]
         self._waiting.append(number)
@@ -290,10 +298,9 @@ class _Simulation:
         self._model_free = True
         for number in running:
             self._answers.computed(number)
-            self._reply(number)
+            self._landing.append(number)
             if self._answers.key is not None:
-                for other in self._flights.pop(self._answers.key(number), ())[1:]:
-                    self._reply(other)
+                self._landing.extend(self._flights.pop(self._answers.key(number), ())[1:])
 
     def _reply(self, number: int) -> None:
         self._after(self._wire_s, _BACK, number)

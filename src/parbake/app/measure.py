@@ -29,10 +29,10 @@ from parbake.advisor.model import BatchTime, Costs, FrontCost, ModelCost
 from parbake.advisor.queueing import largest_batch
 from parbake.contract.bundle import StoredBundle
 from parbake.contract.key import KEY_BYTES, Keys
-from parbake.contract.model import Contract
+from parbake.contract.model import Contract, TensorSpec
 from parbake.contract.record import Records
 from parbake.contract.rounding import round_inputs
-from parbake.contract.tensors import as_text, to_raw
+from parbake.contract.tensors import Tensor, Tensors, as_text, to_raw
 from parbake.errors import NotReady, PackRefused
 from parbake.runtime import cpu
 from parbake.runtime.costs import BatchCost
@@ -45,10 +45,12 @@ from parbake.tables.service import build, publish
 ROWS: Final = (1, 2, 4, 8, 16, 32, 64)
 _ENOUGH_S: Final = 0.25
 _CALLS: Final = 200
-_FEWEST_CALLS: Final = 3
+_FEWEST_CALLS: Final = 5
 _LONGEST_CALL_S: Final = 0.4
 _TABLE_ROWS: Final = 20_000
 _BODIES: Final = 256
+_MANY: Final = 8192
+"""Rows of the table that hits are measured with: as in real traffic, most are not what was asked for just now."""
 _RUN_S: Final = 0.5
 _START_S: Final = 60.0
 _INLINE_BATCH_S: Final = 0.002
@@ -75,24 +77,53 @@ class Examples:
 def examples_of(bundle: StoredBundle) -> Examples:
     """Rows to measure with. Raises `PackRefused` where the bundle has no goldens."""
     goldens = bundle.goldens()
-    contract = bundle.contract
     if not goldens.rows:
         raise PackRefused(f"{bundle.path} has no goldens to measure with", hint="pack it with an example")
     count = min(goldens.rows, _BODIES)
-    inputs = round_inputs(contract, {name: array[:count] for name, array in goldens.inputs.items()})
-    raws, shapes = _columns(contract.inputs, inputs, count)
-    outs, out_shapes = _columns(contract.outputs, goldens.outputs, count)
-    keys, records = Keys(contract), Records(contract)
+    inputs = {name: array[:count] for name, array in goldens.inputs.items()}
+    outs, out_shapes = _columns(bundle.contract.outputs, goldens.outputs, count)
+    join = Records(bundle.contract).join
+    return _examples(bundle.contract, inputs, [join(list(raws), out_shapes) for raws in outs])
+
+
+def _varied(bundle: StoredBundle, examples: Examples) -> Examples:
+    """Rows like the goldens, but more of them: numbers are changed a little, and the records are those of others.
+
+    They are for lookups only, never for the model, which may not know them.
+    """
+    goldens = bundle.goldens()
+    count = min(goldens.rows, _BODIES)
+    copies = max(_MANY // count, 1)
+    inputs: dict[str, Tensor] = {}
+    for name, array in goldens.inputs.items():
+        values = np.concatenate([array[:count]] * copies)
+        step = np.repeat(np.arange(copies), count).reshape(-1, *[1] * (values.ndim - 1))
+        if values.dtype.kind == "f":
+            values = (values + step / 1024).astype(values.dtype)
+        elif values.dtype.kind in "iu":
+            # Small enough for any integer type, and never out of its range.
+            values = np.where(values > 0, values - step % 100 % np.maximum(values, 1), values).astype(
+                values.dtype
+            )
+        inputs[name] = values
+    every = cycle(examples.records)
+    return _examples(bundle.contract, inputs, [next(every) for _ in range(count * copies)])
+
+
+def _examples(contract: Contract, inputs: Tensors, records: Sequence[bytes]) -> Examples:
+    rounded = round_inputs(contract, inputs)
+    raws, shapes = _columns(contract.inputs, rounded, len(records))
+    keys = Keys(contract)
     found: dict[bytes, int] = {}
-    for i in range(count):
-        found.setdefault(keys.of(list(raws[i]), 1, shapes)[0], i)
+    for i, row in enumerate(raws):
+        found.setdefault(keys.of(list(row), 1, shapes)[0], i)
     picked = list(found.values())
-    bodies = [body for i in picked if (body := _body(contract, inputs, i)) is not None]
+    bodies = [body for i in picked if (body := _body(contract, rounded, i)) is not None]
     return Examples(
         tuple(raws[i] for i in picked),
         shapes,
         tuple(found),
-        tuple(records.join(list(outs[i]), out_shapes) for i in picked),
+        tuple(records[i] for i in picked),
         tuple(bodies),
     )
 
@@ -120,8 +151,13 @@ def model_cost(
         cpu_s += time.process_time() - started_cpu
         p50, p99 = (float(np.quantile(times, share)) for share in (0.5, 0.99))
         found.append(BatchTime(rows, p50, p99))
-        fitted.observe(rows, p50)
     threads = max(1, round(cpu_s / wall_s)) if wall_s else 1
+    for at in reversed(range(len(found) - 1)):
+        # A batch that took longer than a larger one was held up by something else.
+        quicker = min(found[at].p50_s, found[at + 1].p50_s)
+        found[at] = BatchTime(found[at].rows, quicker, max(found[at].p99_s, quicker))
+    for batch in found:
+        fitted.observe(batch.rows, batch.p50_s)
     return ModelCost(fitted.fixed_s, fitted.row_s, tuple(found)), threads
 
 
@@ -174,13 +210,14 @@ def measure(
         row_bytes = table_row_bytes(bundle.contract, examples, folder)
         stage("a server of its own")
         table = folder / "examples.table"
-        quick_table(bundle, examples.keys, examples.records, table)
+        many = _varied(bundle, examples)
+        quick_table(bundle, many.keys, many.records, table)
         with _server(bundle, table, folder, placement, wanted, allow_pickle) as server:
             inline = server.inline
             if inline:
                 # A front lends a model one thread.
                 model, threads = model_cost(Session(bundle, allow_pickle=allow_pickle), examples, stage)
-            front = _front_cost(server, model, examples.bodies, connections, stage)
+            front = _front_cost(server, model, many.bodies, examples.bodies, connections, stage)
     longest_s = _INLINE_BATCH_S if inline else min(deadline_s / 2, _LONGEST_BATCH_S)
     return Costs(
         model=model,
@@ -196,7 +233,7 @@ def measure(
 
 
 def _columns(
-    specs: Sequence[Any], tensors: Any, count: int
+    specs: Sequence[TensorSpec], tensors: Tensors, count: int
 ) -> tuple[list[tuple[bytes, ...]], tuple[tuple[int, ...], ...]]:
     """Raw bytes per row and tensor, and the row shape of each tensor."""
     raws = [
@@ -214,7 +251,7 @@ def _batch(examples: Examples, rows: int) -> list[bytes]:
     ]
 
 
-def _body(contract: Contract, inputs: Any, row: int) -> bytes | None:
+def _body(contract: Contract, inputs: Tensors, row: int) -> bytes | None:
     """One row as JSON; None where JSON has no word for a value (NaN)."""
     tensors: list[dict[str, Any]] = []
     for spec in contract.inputs:
@@ -396,13 +433,18 @@ class _Run:
 
 
 def _front_cost(
-    server: _Server, model: ModelCost, bodies: Sequence[bytes], connections: int, stage: Stage
+    server: _Server,
+    model: ModelCost,
+    baked: Sequence[bytes],
+    bodies: Sequence[bytes],
+    connections: int,
+    stage: Stage,
 ) -> FrontCost:
     """What the front's part of a hit and of a miss is, alone and among ``connections``."""
 
     def run(name: str, count: int) -> _Run:
         stage(f"the front, {name} at {count} connections")
-        return _drive(server, name, bodies, count)
+        return _drive(server, name, baked if name == "hit" else bodies, count)
 
     many = max(connections, 2)
     run("hit", many)

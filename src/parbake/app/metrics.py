@@ -117,7 +117,9 @@ class _Page(Collector):
             if version.mode != "dynamic":
                 rows.add_metric(labels, version.table_rows)
             if version.table_expires is not None:
-                expired.add_metric(labels, bool(version.table_expires) and time.time() > version.table_expires)
+                expired.add_metric(
+                    labels, bool(version.table_expires) and time.time() > version.table_expires
+                )
             if version.table_expires:
                 expires.add_metric(labels, version.table_expires)
         yield info

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final, TypedDict, cast
 
 import click
 
 from parbake.cli.options import BUNDLE, FILE, Command, json_option, pickle_option, progress_option
 from parbake.cli.output import emit, emit_json, emit_table, emit_title, say, size, stages
-from parbake.errors import SettingsError
+from parbake.errors import ModelNotFound, NotFound, SettingsError
+from parbake.settings import Mode, Placement
 
 if TYPE_CHECKING:
-    from parbake.advisor.model import Figure, Prediction
+    from parbake.advisor.model import Figure, Prediction, Served
     from parbake.app.advise import Advice
+    from parbake.app.verify import Check, Counters
+    from parbake.monitoring.model import Traffic
+
+_FOLLOWED: Final = 4000
 
 
 class _Shares(click.ParamType[tuple[float, ...]]):
@@ -41,6 +49,14 @@ class _Shares(click.ParamType[tuple[float, ...]]):
 @click.option(
     "--trace", type=FILE, metavar="FILE", help="Traffic: a file of keys in the order they were asked for."
 )
+@click.option(
+    "--log",
+    "log_folder",
+    type=FILE,
+    metavar="DIR",
+    help="Traffic: the folder of a prediction log.",
+)
+@click.option("--name", metavar="NAME", help="Deployment, where a log or a server has several.")
 @click.option(
     "--budget",
     "budgets",
@@ -82,12 +98,34 @@ class _Shares(click.ParamType[tuple[float, ...]]):
     metavar="FILE",
     help="Write the picture to FILE (.svg or .png); needs the extra plots.",
 )
+@click.option(
+    "--verify",
+    "watch_s",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    help="Watch a running server for so long, and show what was predicted for it against what is observed.",
+)
+@click.option(
+    "--port",
+    type=click.IntRange(1, 65535),
+    envvar="PARBAKE_PORT",
+    metavar="PORT",
+    help="HTTP port of the server, where several run on this machine.",
+)
+@click.option(
+    "--admin-url", default="", envvar="PARBAKE_ADMIN_URL", metavar="URL", help="Admin API of the server."
+)
+@click.option(
+    "--token", default="", envvar="PARBAKE_ADMIN_TOKEN", metavar="TOKEN", help="Token of the admin API."
+)
 @pickle_option
 @progress_option
 @json_option
 def command(
     bundle: Path | None,
     trace: Path | None,
+    log_folder: Path | None,
+    name: str | None,
     budgets: tuple[float, ...],
     connections: int,
     rate: float | None,
@@ -95,19 +133,29 @@ def command(
     price_core_hour: float | None,
     price_gb_month: float | None,
     picture: Path | None,
+    watch_s: float | None,
+    port: int | None,
+    admin_url: str,
+    token: str,
     allow_pickle: bool,
     show_progress: bool,
     as_json: bool,
 ) -> None:
     """Say which way of serving is right for a BUNDLE and its traffic, and what each would cost.
 
-    The bundle is measured on this machine, for some seconds; the predictions hold for machines like it.
+    The traffic is that of a trace or a prediction log; without either that of a running server, whose bundle is
+    taken too. The bundle is measured on this machine, for some seconds: predictions hold for machines like it.
     """
     from parbake.advisor.model import Load, Prices
-    from parbake.app.advise import advise, asked_in_trace
+    from parbake.app.advise import Asked, advise, asked_in_log, asked_in_trace, asked_of_server
 
-    if bundle is None or trace is None:
-        raise SettingsError("nothing says what the traffic is", hint="parbake advise BUNDLE --trace FILE")
+    if trace is not None and log_folder is not None:
+        raise SettingsError("both a trace and a log are given", hint="the traffic is that of one of them")
+    of_server = trace is None and log_folder is None
+    if bundle is None and not of_server:
+        raise SettingsError("no bundle is given", hint="parbake advise BUNDLE --trace FILE")
+    if watch_s is not None and not of_server:
+        raise SettingsError("--verify watches a running server", hint="leave --trace and --log out")
     prices = Prices()
     if price_core_hour is not None or price_gb_month is not None:
         prices = Prices(
@@ -115,30 +163,152 @@ def command(
             gb_month=prices.gb_month if price_gb_month is None else price_gb_month,
             given=True,
         )
+    server: _Server | None = None
+    placement: Placement = "auto"
     with stages("advise", wanted=show_progress and not as_json) as stage:
         stage("the traffic")
-        asked = asked_in_trace(trace)
-        load = Load(connections, rate or asked.traffic.rate_per_s)
+        asked: Asked
+        if trace is not None:
+            asked = asked_in_trace(trace)
+        elif log_folder is not None:
+            asked = asked_in_log(log_folder, name)
+        else:
+            server = _Server(name, port, admin_url, token)
+            asked = asked_of_server(server.traffic(), server.name)
+            bundle = bundle or Path(server.status.bundle)
+            placement = "inline" if server.status.placement == "inline" else "process"
+        assert bundle is not None
+        if watch_s is not None and server is not None:
+            stage(f"the server, for {watch_s:g} s")
+            server.watch(watch_s)
         advice = advise(
             bundle,
             asked,
             budgets=budgets,
-            load=load,
+            load=Load(connections, rate or asked.traffic.rate_per_s),
             prices=prices,
             deadline_ms=deadline_ms,
+            placement=placement,
             allow_pickle=allow_pickle,
+            served=server.served() if server is not None else None,
             stage=stage,
         )
+        checks: tuple[Check, ...] = ()
+        if watch_s is not None and server is not None:
+            stage("predicted against observed")
+            checks = server.checks(advice)
     if picture is not None:
         from parbake.cli.pictures import write_picture
 
         write_picture(advice, picture)
     if as_json:
-        emit_json(advice)
+        emit_json({**_fields(advice), "checks": checks} if watch_s is not None else advice)
+        return
+    if watch_s is not None and server is not None:
+        show_checks(server.status.mode, checks, watch_s)
         return
     show(advice)
     if picture is not None:
         say(f"picture: {picture}")
+
+
+class _Server:
+    """A running server and one of its deployments, as the command needs them."""
+
+    def __init__(self, name: str | None, port: int | None, admin_url: str, token: str) -> None:
+        from parbake.transports import client
+
+        self._where: _Where = {"port": port, "admin_url": admin_url, "token": token}
+        self._all = client.status(**self._where)
+        names = list(dict.fromkeys(version.name for version in self._all.versions))
+        if name is None and len(names) != 1:
+            raise SettingsError(
+                f"the server has {len(names)} deployments: {', '.join(names) or 'none is loaded'}",
+                hint="--name picks one of them",
+            )
+        self.name = name or names[0]
+        mine = [version for version in self._all.versions if version.name == self.name]
+        if not mine:
+            raise ModelNotFound(f"no model {self.name!r}", hint=f"models there: {', '.join(names)}")
+        self.status = mine[-1]
+        self._before = self._now()
+        self._after = self._before
+
+    def traffic(self) -> Traffic:
+        """What was asked of the deployment. Raises `NotFound` where nothing was."""
+        from parbake.transports import client
+
+        report = client.traffic(**self._where).get(self.name)
+        if report is None or not report.traffic.requests:
+            raise NotFound(
+                f"nothing is known of the traffic of {self.name!r} yet",
+                hint="ask again when there was some, or give --trace or --log",
+            )
+        return report.traffic
+
+    def watch(self, seconds: float) -> None:
+        """Let the server work for a while."""
+        self._before = self._now()
+        time.sleep(seconds)
+        self._after = self._now()
+
+    def served(self) -> Served:
+        """What runs, for its antipatterns."""
+        from parbake.app.verify import served_of
+
+        inline = self.status.placement == "inline"
+        others = sum(
+            version.placement == "inline" for version in self._all.versions if version is not self.status
+        )
+        mode = cast(Mode, self.status.mode)
+        return served_of(self.name, mode, inline, others, self._after)
+
+    def checks(self, advice: Advice) -> tuple[Check, ...]:
+        """Predicted against observed, while the server was watched. Raises `NotFound` where nobody asked."""
+        from parbake.advisor.predict import Question
+        from parbake.app.verify import verify
+
+        question = Question(
+            advice.traffic, advice.costs, advice.promise, advice.load, advice.prices, followed=_FOLLOWED
+        )
+        try:
+            return verify(question, cast(Mode, self.status.mode), self._before, self._after)
+        except ValueError as error:
+            raise NotFound(
+                f"nobody asked {self.name!r} for anything meanwhile", hint="--verify 60 watches for a minute"
+            ) from error
+
+    def _now(self) -> Counters:
+        from parbake.app.verify import counters
+        from parbake.transports import client
+
+        pids = (*self._all.front_pids, *self.status.runner_pids)
+        return counters(client.metrics(**self._where), self.name, time.monotonic(), pids)
+
+
+class _Where(TypedDict):
+    port: int | None
+    admin_url: str
+    token: str
+
+
+def _fields(advice: Advice) -> dict[str, object]:
+    return {field.name: getattr(advice, field.name) for field in fields(advice)}
+
+
+def show_checks(mode: str, checks: Sequence[Check], seconds: float) -> None:
+    """Print predicted against observed."""
+    rows = [
+        (
+            check.what + (f", {check.unit}" if check.unit else ""),
+            f"{check.predicted:.4g}",
+            f"{check.observed:.4g}",
+            "" if check.error is None else f"{100 * check.error:+.0f} %",
+        )
+        for check in checks
+    ]
+    titles = (f"{mode}, {seconds:g} s", "predicted", "observed", "off by")
+    emit_table(rows, titles=titles, numbers=titles[1:])
 
 
 def show(advice: Advice) -> None:

@@ -23,6 +23,7 @@ COMMANDS: Final = {
     "bake": ("parbake.cli.bake", "Compute the predictions of many rows into a prediction table."),
     "serve": ("parbake.cli.serve", "Serve bundles over HTTP and gRPC."),
     "reload": ("parbake.cli.reload", "Put a new bundle or table under a running server."),
+    "status": ("parbake.cli.status", "Show what a running server serves."),
     "mode": ("parbake.cli.mode", "Change how a deployment answers, while it serves."),
     "advise": ("parbake.cli.advise", "Say which way of serving is right, and what each would cost."),
     "completion": (

@@ -10,7 +10,7 @@ import click
 
 from parbake.cli.options import Command, json_option, name_and_directory
 from parbake.cli.output import emit_json, say
-from parbake.errors import TableForeign
+from parbake.errors import SettingsError, TableForeign
 
 if TYPE_CHECKING:
     from parbake.app.supervisor import Change
@@ -21,6 +21,12 @@ Served = Iterable[tuple[str, str]]
 
 @click.command(cls=Command, short_help="Put a new bundle or table under a running server.")
 @click.argument("targets", nargs=-1, metavar="[NAME|BUNDLE]...")
+@click.option(
+    "--name",
+    default="",
+    metavar="DEPLOYMENT",
+    help="Deployment whose bundle BUNDLE replaces, where that has a name of its own.",
+)
 @click.option(
     "--table",
     "tables",
@@ -44,6 +50,7 @@ Served = Iterable[tuple[str, str]]
 @json_option
 def command(
     targets: tuple[str, ...],
+    name: str,
     tables: tuple[str, ...],
     port: int | None,
     admin_url: str,
@@ -52,8 +59,9 @@ def command(
 ) -> None:
     """Put a new bundle or table under a running server, without a failed request.
 
-    A BUNDLE takes the place of the one of its name; a NAME is read again from where it is; without
-    either everything is read again. What fails its checks is refused, and the old goes on answering.
+    A BUNDLE takes the place of the one of its name; a NAME is read again from where it is, and loaded
+    where it was not; without either everything that is loaded is read again. What fails its checks is
+    refused, and the old goes on answering.
     """
     from parbake.transports import client
 
@@ -61,7 +69,8 @@ def command(
         status = client.status(port=port, admin_url=admin_url, token=token)
         return [(version.name, version.digest) for version in status.versions]
 
-    done = client.reload(changes_of(targets, tables, served), port=port, admin_url=admin_url, token=token)
+    changes = changes_of(targets, tables, served, name)
+    done = client.reload(changes, port=port, admin_url=admin_url, token=token)
     if as_json:
         emit_json(done)
     else:
@@ -69,20 +78,30 @@ def command(
         say(f"reloaded in {done.seconds:.2f} s: {what}")
 
 
-def changes_of(targets: Sequence[str], tables: Sequence[str], served: Callable[[], Served]) -> list[Change]:
+def changes_of(
+    targets: Sequence[str], tables: Sequence[str], served: Callable[[], Served], name: str = ""
+) -> list[Change]:
     """What a server shall change. ``served`` is asked only where a table does not say what it is for.
 
-    Raises `TableForeign` where a table fits neither a bundle that is named nor one that is served.
+    ``name`` is the deployment that the one bundle among the targets is for. Raises `SettingsError` where there
+    is no such bundle, `TableForeign` where a table fits neither a bundle that is named nor one that is served.
     """
     from parbake.app.supervisor import Change
 
-    changes = [Change(bundle=target) if Path(target).is_dir() else Change(name=target) for target in targets]
+    if name and not (len(targets) == 1 and Path(targets[0]).is_dir()):
+        raise SettingsError(
+            f"--name {name} takes one bundle, got {', '.join(targets) or 'none'}",
+            hint=f"parbake reload BUNDLE --name {name}",
+        )
+    changes = [
+        Change(name, bundle=target) if Path(target).is_dir() else Change(name=target) for target in targets
+    ]
     named = [name_and_directory(table) for table in tables]
     if len(targets) == 1 and len(tables) == 1 and not named[0][0]:
         only = changes[0]
         return [Change(only.name, only.bundle, named[0][1])]
-    for name, directory in named:
-        changes.append(Change(name or _baked_for(directory, targets, served), "", directory))
+    for of, directory in named:
+        changes.append(Change(of or _baked_for(directory, targets, served), "", directory))
     return changes
 
 

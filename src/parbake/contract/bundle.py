@@ -12,12 +12,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import struct
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -46,6 +48,7 @@ GOLDENS: Final = "goldens.bin"
 _T = TypeVar("_T")
 
 _MAX_JSON_BYTES: Final = 64 * 1024 * 1024
+_LEFT_AFTER_S: Final = 60.0
 _MAGIC: Final = b"PBT1"
 _HEADER: Final = struct.Struct("<4sI")
 
@@ -125,8 +128,12 @@ def write_bundle(
     content[MANIFEST] = msgspec.json.format(msgspec.json.encode(manifest))
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    _sweep(out, ".new-")
+    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.new-", dir=out.parent))
+    # Held as long as this process lives, however it ends.
+    lock = os.open(staging, os.O_RDONLY)
     try:
+        _hold(lock)
         staging.chmod(0o755)
         for name, data in content.items():
             target = staging / name
@@ -136,9 +143,37 @@ def write_bundle(
                 handle.flush()
                 os.fsync(handle.fileno())
         _publish(staging, out)
+        _sweep(out, ".old-")
     finally:
+        os.close(lock)
         shutil.rmtree(staging, ignore_errors=True)
     return StoredBundle(out, contract, environment, manifest)
+
+
+def _hold(descriptor: int) -> bool:
+    """Lock a folder that is open. False where another process has it, or the file system knows no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _sweep(out: Path, kind: str) -> None:
+    """Remove what processes that were killed have left beside ``out``."""
+    for left in out.parent.iterdir():
+        if not left.name.startswith(f".{out.name}{kind}"):
+            continue
+        try:
+            descriptor = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except OSError:
+            continue
+        try:
+            # A young one may not have been locked yet, or may still be put back.
+            if time.time() - os.fstat(descriptor).st_ctime > _LEFT_AFTER_S and _hold(descriptor):
+                shutil.rmtree(left, ignore_errors=True)
+        finally:
+            os.close(descriptor)
 
 
 def _publish(staging: Path, out: Path) -> None:

@@ -3,10 +3,14 @@
 Canonical bytes are the raw bytes of the row's tensors (see `parbake.contract.tensors`) in the order of
 the contract, of all inputs (row key) or of the declared columns (entity key). BLAKE2b (RFC 7693), not a
 faster unkeyed hash: whoever could make two rows collide could be given another row's answer.
+
+IEEE 754 has many bit patterns that are NaN. For a key they are one, the usual one (positive, quiet, no payload):
+whoever sends a missing value should not have to know which of them another library writes.
 """
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Sequence
 from hashlib import blake2b
@@ -15,7 +19,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from parbake.contract.datatypes import NUMPY
+from parbake.contract.datatypes import FLOATS, NUMPY
 from parbake.contract.model import Contract, TensorSpec
 from parbake.contract.tensors import Tensor, row_slices, to_raw
 from parbake.errors import PackRefused
@@ -49,6 +53,10 @@ class Keys:
         else:
             self._parts = [(i, spec, None) for i, spec in enumerate(contract.inputs)]
         self.inputs = tuple(dict.fromkeys(i for i, _, _ in self._parts))
+        # Elsewhere NaN is refused before anybody asks for its key.
+        self._with_nan = tuple(
+            i for i in self.inputs if self._specs[i].allow_nan and self._specs[i].datatype in FLOATS
+        )
         # One matrix or column of fixed size: its bytes are the canonical bytes as they stand.
         self.plain = len(self._parts) == 1 and self._parts[0][2] is None and self._parts[0][1].fixed
 
@@ -59,6 +67,8 @@ class Keys:
 
         ``shapes`` are the row shapes, needed where the contract leaves a size open.
         """
+        if self._with_nan:
+            raws = self._one_nan(raws)
         if self.plain:
             index, spec, _ = self._parts[0]
             if rows == 1:
@@ -69,10 +79,7 @@ class Keys:
         columns: list[list[bytes]] = []
         for index, spec, cut in self._parts:
             shape = spec.shape if spec.fixed or shapes is None else shapes[index]
-            elements = 1
-            for size in shape:
-                elements *= size
-            slices = row_slices(raws[index], spec.datatype, rows, elements)
+            slices = row_slices(raws[index], spec.datatype, rows, math.prod(shape))
             if cut is not None:
                 slices = [b"".join(_pick(row, spec, cut)) for row in slices]
             if not spec.fixed:
@@ -92,6 +99,8 @@ class Keys:
                 ]
                 return b"".join(self.of(raws, rows, [array.shape[1:] for array in tensors]))
             values = np.asarray(tensors[index], dtype=NUMPY[spec.datatype]).reshape(rows, spec.elements)
+            if index in self._with_nan:
+                values = _usual_nan(values)
             for part in cut or (slice(None),):
                 columns.append(np.ascontiguousarray(values[:, part]).view(np.uint8).reshape(rows, -1))
         matrix = columns[0] if len(columns) == 1 else np.concatenate(columns, axis=1)
@@ -105,6 +114,21 @@ class Keys:
             row.update(canonical)
             found.append(row.digest())
         return b"".join(found)
+
+    def _one_nan(self, raws: Sequence[bytes]) -> Sequence[bytes]:
+        """The raw bytes with one NaN for all; the same where there is none."""
+        changed = list(raws)
+        for index in self._with_nan:
+            values = np.frombuffer(raws[index], NUMPY[self._specs[index].datatype])
+            usual = _usual_nan(values)
+            if usual is not values:
+                changed[index] = usual.tobytes()
+        return changed
+
+
+def _usual_nan(values: Tensor) -> Tensor:
+    missing = np.isnan(values)
+    return np.where(missing, values.dtype.type(np.nan), values) if missing.any() else values
 
 
 def _locate(contract: Contract, column: str) -> tuple[int, TensorSpec, tuple[slice, ...] | None]:

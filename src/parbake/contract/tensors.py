@@ -22,6 +22,8 @@ Tensor = npt.NDArray[Any]
 
 Tensors = Mapping[str, Tensor]
 
+Shape = tuple[int, ...]
+
 _LENGTH = struct.Struct("<I")
 
 

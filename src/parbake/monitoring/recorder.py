@@ -48,8 +48,8 @@ class Recorder:
     """
 
     __slots__ = (
-        "_late", "_late_from", "bytes_limit", "deployment", "digest", "dropped", "keys", "limit", "mode", "note_key", "rows", "version",
-        "waiting", "wants_inputs", "wants_outputs",
+        "_late", "_late_from", "bytes_limit", "deployment", "digest", "dropped", "keys", "limit", "mode", "note_key",
+        "rows", "version", "waiting", "wants_inputs", "wants_outputs",
     )  # fmt: skip
 
     def __init__(

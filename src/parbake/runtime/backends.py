@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import Final
 
+from parbake.contract.tensors import Shape
 from parbake.errors import DeadlineExceeded, ModelFailed, ParbakeError, RowRejected
 from parbake.logs import log
 from parbake.runtime import wire
-from parbake.runtime.batcher import Outcome, Shape, runner_down
+from parbake.runtime.batcher import Outcome, runner_down
 from parbake.runtime.session import Session
 
 _RECONNECT_S: Final = 0.02

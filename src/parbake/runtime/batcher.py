@@ -6,18 +6,17 @@ a delay was asked for. Admission is by deadline: what cannot be answered in time
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import Final, Protocol
 
 from parbake.contract.model import Contract
-from parbake.contract.tensors import row_slices
+from parbake.contract.tensors import Shape, row_slices
 from parbake.errors import DeadlineExceeded, ModelFailed, Overloaded, ParbakeError, RunnerDown
 from parbake.logs import log
 from parbake.runtime.costs import BatchCost
-
-Shape = tuple[int, ...]
 
 _LARGEST_BATCH: Final = 1024
 _STALE_S: Final = 5.0
@@ -399,10 +398,7 @@ class Batcher:
         for spec, raw, shape in zip(self._contract.outputs, outcome.raws, outcome.shapes, strict=True):
             size = spec.row_bytes
             if size is None:
-                elements = 1
-                for length in shape:
-                    elements *= length
-                slices = row_slices(raw, spec.datatype, rows, elements)
+                slices = row_slices(raw, spec.datatype, rows, math.prod(shape))
                 pieces: list[bytes] = []
                 at = 0
                 for job in jobs:

@@ -11,6 +11,8 @@ import struct
 from collections.abc import Sequence
 from typing import Final
 
+from parbake.contract.tensors import Shape
+
 OK: Final = 0
 REJECTED: Final = 1
 FAILED: Final = 2
@@ -21,8 +23,6 @@ _LENGTH = struct.Struct("<Q")
 _REQUEST = struct.Struct("<QIQI")
 _REPLY = struct.Struct("<QIQId")
 _PART = struct.Struct("<BQ")
-
-Shape = tuple[int, ...]
 
 
 def request_frame(request_id: int, rows: int, raws: Sequence[bytes], shapes: Sequence[Shape]) -> list[bytes]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-Shape = tuple[int, ...]
+from parbake.contract.tensors import Shape
 
 
 class Answer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Callable, Sequence
 from time import perf_counter
@@ -11,14 +12,14 @@ from parbake.contract.key import Keys
 from parbake.contract.model import Contract
 from parbake.contract.record import Records
 from parbake.contract.rounding import round_inputs
-from parbake.contract.tensors import from_raw, row_slices, to_raw
+from parbake.contract.tensors import Shape, from_raw, row_slices, to_raw
 from parbake.contract.where import DEFAULT, HEAD, JOINED, MODEL, TABLE
 from parbake.errors import KeyNotBaked, ModelFailed, NotReady, ParbakeError
 from parbake.logs import log
 from parbake.runtime.batcher import Batcher, Caller, Job
 from parbake.serving.flights import Flights
 from parbake.serving.head import Get, Head, Row
-from parbake.serving.model import Answer, Shape
+from parbake.serving.model import Answer
 from parbake.serving.ports import PredictionTable, Recorder
 from parbake.serving.stats import Stats
 
@@ -174,7 +175,9 @@ class ServedVersion:
 
     def where_baked(self, key: bytes) -> int:
         """The code of where a baked row was answered."""
-        return HEAD if self.head is not None and self.head.holds(key) else TABLE
+        if self.head is None:
+            return TABLE
+        return HEAD if self._table_get is None or self.head.holds(key) else TABLE
 
     def landed(self, job: Job) -> bytes:
         """Keep what the model computed for a row, answer those who waited for the same; gives the record."""
@@ -223,7 +226,7 @@ class ServedVersion:
                 return
             try:
                 columns = [
-                    row_slices(raw, spec.datatype, len(misses), elements_of(shape))
+                    row_slices(raw, spec.datatype, len(misses), math.prod(shape))
                     for spec, raw, shape in zip(
                         self.contract.outputs, answer.raws, answer.shapes, strict=True
                     )
@@ -271,7 +274,7 @@ class ServedVersion:
         """Per input the raw bytes of some rows of a request."""
         parts: list[list[bytes]] = []
         for spec, raw, shape in zip(self.contract.inputs, request.raws, request.shapes, strict=True):
-            slices = row_slices(raw, spec.datatype, request.rows, elements_of(shape))
+            slices = row_slices(raw, spec.datatype, request.rows, math.prod(shape))
             parts.append([slices[i] for i in rows])
         return parts
 
@@ -293,7 +296,7 @@ class ServedVersion:
 
     def _records_of(self, answer: Answer) -> list[bytes]:
         columns = [
-            row_slices(raw, spec.datatype, answer.rows, elements_of(shape))
+            row_slices(raw, spec.datatype, answer.rows, math.prod(shape))
             for spec, raw, shape in zip(self.contract.outputs, answer.raws, answer.shapes, strict=True)
         ]
         return [self.records.join(row, answer.shapes) for row in zip(*columns, strict=True)]
@@ -302,6 +305,10 @@ class ServedVersion:
         """Have each row of a request noted."""
         recorder = self.recorder
         if recorder is None:
+            return
+        if recorder.note_key is not None:
+            for key in request.keys:
+                recorder.note_key(key)
             return
         seconds = perf_counter() - request.arrived
         columns = self._parts(request, range(request.rows)) if recorder.wants_inputs else None
@@ -397,11 +404,3 @@ class _Request:
 def _nothing(_: bytes) -> bytes | None:
     """What an expired table holds."""
     return None
-
-
-def elements_of(shape: Shape) -> int:
-    """Number of elements of a shape."""
-    elements = 1
-    for size in shape:
-        elements *= size
-    return elements

@@ -7,13 +7,16 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
 from parbake.app.supervisor import Change, Reloaded, Status
 from parbake.errors import ParbakeError, ServerNotFound, SettingsError, by_code
 from parbake.transports import statefile
+
+if TYPE_CHECKING:
+    from parbake.app.traffic import TrafficReport
 
 _TIMEOUT_S: Final = 300.0
 
@@ -44,6 +47,20 @@ def status(*, port: int | None = None, admin_url: str = "", token: str = "") -> 
     """What a server serves. Raises `ServerNotFound`."""
     reply = _call("GET", "/admin/status", None, port=port, admin_url=admin_url, token=token)
     return msgspec.json.decode(reply, type=Status)
+
+
+def traffic(*, port: int | None = None, admin_url: str = "", token: str = "") -> dict[str, TrafficReport]:
+    """What is asked of each deployment of a server. Raises `ServerNotFound`."""
+    # It needs a library that takes its time to import.
+    from parbake.app.traffic import TrafficReport
+
+    reply = _call("GET", "/admin/traffic", None, port=port, admin_url=admin_url, token=token)
+    return msgspec.json.decode(reply, type=dict[str, TrafficReport])
+
+
+def metrics(*, port: int | None = None, admin_url: str = "", token: str = "") -> str:
+    """The page for Prometheus. Raises `ServerNotFound`."""
+    return _call("GET", "/metrics", None, port=port, admin_url=admin_url, token=token).decode()
 
 
 def _call(

@@ -15,11 +15,9 @@ import numpy as np
 
 from parbake.contract.datatypes import FLOATS, INTEGERS, NUMPY
 from parbake.contract.model import Contract, TensorSpec
-from parbake.contract.tensors import split_bytes
+from parbake.contract.tensors import Shape, split_bytes
 from parbake.errors import InvalidInput, RequestTooLarge
 from parbake.serving.service import ServedVersion
-
-Shape = tuple[int, ...]
 
 _CODES: Final = {
     "UINT8": "B", "UINT16": "H", "UINT32": "I", "UINT64": "Q", "INT8": "b", "INT16": "h", "INT32": "i",

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from typing import Any, Final
 
 from parbake.app.control import AllCounts
+from parbake.app.repository import Listed
 from parbake.contract.model import TensorSpec
 from parbake.serving.service import ServedVersion
 from parbake.serving.stats import Counts, no_counts
@@ -90,6 +91,19 @@ def model_config(served: ServedVersion) -> dict[str, Any]:
 def config_type(spec: TensorSpec) -> str:
     """The model configuration's word for a datatype."""
     return _CONFIG_TYPES.get(spec.datatype, f"TYPE_{spec.datatype}")
+
+
+def repository_index(listed: Sequence[Listed]) -> list[dict[str, str]]:
+    """The model repository extension's index."""
+    return [
+        {
+            "name": item.name,
+            "version": item.version,
+            "state": "READY" if item.ready else "UNAVAILABLE",
+            "reason": item.reason,
+        }
+        for item in listed
+    ]
 
 
 def statistics(served: Sequence[ServedVersion], counts: AllCounts) -> dict[str, Any]:

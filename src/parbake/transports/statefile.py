@@ -55,15 +55,16 @@ def remember(running: Running) -> Remembered | None:
     None where that cannot be: a server that cannot be found by its file serves all the same.
     """
     descriptor = -1
+    staging: Path | None = None
     try:
         folder = _folder(create=True)
         if folder is None:
             log().warning("statefile.not_written", error="its folder is somebody else's, or open to others")
             return None
         path = folder / f"{running.port}.json"
-        staging = path.with_suffix(".new")
-        staging.unlink(missing_ok=True)
-        descriptor = os.open(staging, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        # A name of its own: another server, on another address with this port, may start at the same time.
+        descriptor, name = tempfile.mkstemp(".new", f"{running.port}.", folder)
+        staging = Path(name)
         # Locked before it has its name: whoever looks never takes it for that of a server which ended.
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         with os.fdopen(descriptor, "wb", closefd=False) as handle:
@@ -71,6 +72,8 @@ def remember(running: Running) -> Remembered | None:
         staging.rename(path)
     except OSError as error:
         log().warning("statefile.not_written", error=str(error))
+        if staging is not None:
+            staging.unlink(missing_ok=True)
         if descriptor >= 0:
             os.close(descriptor)
         return None

@@ -9,7 +9,7 @@ import pytest
 from parbake.app.supervisor import Change
 from parbake.cli.reload import Served, changes_of
 from parbake.contract.bundle import StoredBundle
-from parbake.errors import TableTorn
+from parbake.errors import SettingsError, TableTorn
 
 
 def nobody_asks() -> Served:
@@ -44,3 +44,16 @@ def test_a_table_may_name_its_deployment() -> None:
 def test_a_table_that_is_not_there_is_refused_before_the_server_is_asked(tmp_path: Path) -> None:
     with pytest.raises(TableTorn, match="no prediction table at"):
         changes_of([], [str(tmp_path / "no.table")], nobody_asks)
+
+
+def test_a_bundle_may_be_put_under_a_deployment_of_another_name(doubler_bundle: StoredBundle) -> None:
+    bundle = str(doubler_bundle.path)
+    assert changes_of([bundle], [], nobody_asks, "eta") == [Change("eta", bundle)]
+    assert changes_of([bundle], ["d.table"], nobody_asks, "eta") == [Change("eta", bundle, "d.table")]
+
+
+def test_a_name_without_one_bundle_is_refused(tmp_path: Path) -> None:
+    for targets in ([], ["fare"], [str(tmp_path), str(tmp_path)]):
+        with pytest.raises(SettingsError, match="--name eta takes one bundle") as caught:
+            changes_of(targets, [], nobody_asks, "eta")
+        assert caught.value.hint == "parbake reload BUNDLE --name eta"

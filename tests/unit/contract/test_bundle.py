@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import parbake.contract.bundle as bundle_module
 from parbake.contract.bundle import (
     Goldens,
     StoredBundle,
@@ -281,7 +282,9 @@ write(Path(sys.argv[1]), weights=bytes(96 * 1024 * 1024))
 """
 
 
-def test_a_writer_killed_half_way_leaves_no_bundle(tmp_path: Path) -> None:
+def test_a_writer_killed_half_way_leaves_no_bundle_and_the_next_removes_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "eta.bundle"
     root = Path(__file__).parents[3]
     writer = subprocess.Popen([sys.executable, "-c", WRITER, str(out), str(root)])
@@ -296,8 +299,36 @@ def test_a_writer_killed_half_way_leaves_no_bundle(tmp_path: Path) -> None:
     writer.send_signal(signal.SIGKILL)
     writer.wait()
     assert not out.exists()
+    # Left by one that was killed between its two renames, and what belongs to others.
+    (tmp_path / ".eta.bundle.old-1").mkdir()
+    for name in (".eta.bundle.new-file", ".eta.bundle2.new-x", "eta.bundle.new-x"):
+        (tmp_path / name).touch()
+    others = {path.name for path in tmp_path.iterdir() if not path.is_dir()}
+    # Young ones may be somebody's who is still writing.
+    before = {path.name for path in tmp_path.iterdir()}
     assert write(out).path == out
+    assert {path.name for path in tmp_path.iterdir()} == before | {"eta.bundle"}
+    monkeypatch.setattr(bundle_module, "_LEFT_AFTER_S", 0.0)
+    assert write(out, purpose="again", replace=True).contract.purpose == "again"
+    assert {path.name for path in tmp_path.iterdir()} == others | {"eta.bundle"}
     assert read_bundle(out).contract.name == "eta"
+
+
+def test_what_another_writer_is_writing_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "eta.bundle"
+    root = Path(__file__).parents[3]
+    with subprocess.Popen([sys.executable, "-c", WRITER, str(out), str(root)]) as writer:
+        deadline = time.monotonic() + 30
+        # The first file, and the one that takes longest.
+        while not (found := list(tmp_path.glob(".eta.bundle.*/model.onnx"))):
+            assert time.monotonic() < deadline
+            assert writer.poll() is None
+            time.sleep(0.001)
+        writer.send_signal(signal.SIGSTOP)
+        monkeypatch.setattr(bundle_module, "_LEFT_AFTER_S", 0.0)
+        write(out)
+        assert found[0].parent.is_dir()
+        writer.kill()
 
 
 def test_everything_is_on_disk_before_the_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -41,6 +43,37 @@ def test_a_row_has_one_key_alone_and_in_company(rows: list[tuple[float, str]]) -
     assert all(len(key) == KEY_BYTES for key in together)
     distinct = {(matrix[i].tobytes(), rows[i][1]) for i in range(len(rows))}
     assert len(set(together)) == len(distinct)
+
+
+@given(
+    st.sampled_from([("FP16", "<u2", 10, 5), ("FP32", "<u4", 23, 8), ("FP64", "<u8", 52, 11)]),
+    st.integers(1, 4),
+    st.data(),
+)
+def test_every_nan_has_the_key_of_the_usual_one(
+    layout: tuple[Any, str, int, int], rows: int, data: st.DataObject
+) -> None:
+    datatype, integer, fraction, exponent = layout
+    spec = TensorSpec("x", datatype, (2,), columns=("a", "b"), allow_nan=True)
+    odd = data.draw(st.integers(1, (1 << fraction) - 1)) | ((1 << exponent) - 1) << fraction
+    if data.draw(st.booleans()):
+        odd |= 1 << (fraction + exponent)
+    values = np.full((rows, 2), 1.5, np.dtype(integer.replace("u", "f")))
+    at = data.draw(st.integers(0, rows - 1))
+    values[at, 0] = np.nan
+    strange = values.copy()
+    strange.view(integer)[at, 0] = odd
+    assert np.isnan(strange[at, 0])
+    for codec in (keys(spec), keys(spec, CITY), keys(spec, columns=("a",)), keys(spec, CITY, columns=("a",))):
+        city = np.array([["rome"]] * rows, dtype=object)
+        usual, unusual = (
+            codec.of([raw(spec, array), raw(CITY, city)][: len(codec.inputs)], rows)
+            for array in (values, strange)
+        )
+        assert usual == unusual
+        assert codec.of_tensors([strange, city], rows) == b"".join(usual)
+        if rows > 1:
+            assert usual[at] != usual[at - 1]
 
 
 def test_an_entity_key_looks_at_its_columns_only() -> None:

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parbake.contract.model import Contract, Step, TensorSpec
+from parbake.contract.tensors import Shape
 from parbake.errors import (
     DeadlineExceeded,
     ModelFailed,
@@ -21,7 +22,7 @@ from parbake.errors import (
     RowRejected,
     RunnerDown,
 )
-from parbake.runtime.batcher import Batcher, Job, Outcome, Shape, runner_down
+from parbake.runtime.batcher import Batcher, Job, Outcome, runner_down
 from tests.turns import Turns
 
 BAD = 666.0

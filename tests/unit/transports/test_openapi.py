@@ -177,6 +177,16 @@ def test_every_status_that_is_given_is_known_to_the_server() -> None:
     assert {int(status) for status in found["components"]["responses"]} <= set(STATUSES.values())
 
 
+def test_what_is_asked_of_a_model_is_there_with_and_without_its_version() -> None:
+    paths = document(serve())["paths"]
+    ends = {path.removeprefix("/v2/models/{name}") for path in paths if path.startswith("/v2/models/{name}")}
+    unnumbered = {"", "/ready", "/config", "/stats"}
+    assert ends == unnumbered | {f"/versions/{{version}}{end}" for end in unnumbered}
+    for path in ("/predict/shop", "/v2/models/shop"):
+        end = "" if path.startswith("/predict") else "/infer"
+        assert {path + end, f"{path}/versions/1{end}"} <= set(paths)
+
+
 def test_a_server_without_models_has_a_document() -> None:
     paths = document()["paths"]
     assert "/v2/health/live" in paths

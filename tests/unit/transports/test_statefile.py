@@ -6,6 +6,8 @@ import os
 import stat
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,20 @@ def test_what_was_remembered_is_found_until_it_is_forgotten() -> None:
     forget(remembered)
     with pytest.raises(ServerNotFound, match="no server of yours is running on this machine"):
         find()
+
+
+def test_servers_that_start_at_the_same_time_do_not_take_each_others_file(runtime: Path) -> None:
+    together = threading.Barrier(8)
+
+    def start(number: int) -> object:
+        together.wait()
+        return remember(server(host=f"127.0.0.{number + 1}"))
+
+    for _ in range(20):
+        with ThreadPoolExecutor(8) as pool:
+            assert all(pool.map(start, range(8)))
+        assert find(8000).port == 8000
+        assert [path.name for path in (runtime / "parbake").iterdir()] == ["8000.json"]
 
 
 def test_the_token_is_for_the_owner_only(runtime: Path) -> None:

@@ -274,7 +274,9 @@ def _converted(graph: Graph, model: Model, raw: Value) -> Value:
         return raw
     if name in ("", "lambdarank", "rank_xendcg"):
         return raw
-    raise NotConvertible(f"LightGBM's objective {name} is not known here", hint="--allow-pickle")
+    raise NotConvertible(
+        f"LightGBM's objective {name} is not known here", hint="pack a module:function that calls it"
+    )
 
 
 def _as_categories(example: Example, booster: Any) -> Example:

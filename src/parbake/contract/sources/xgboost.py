@@ -137,7 +137,7 @@ def _classified(graph: Graph, model: Any, objective: str, raw: Value) -> Answer:
         return decided(graph, index, classes, probability=probability)
     raise NotConvertible(
         f"a classifier with the objective {objective} is not known here",
-        hint="pack its Booster, or --allow-pickle",
+        hint="pack its Booster, or a module:function that calls it",
     )
 
 
@@ -156,7 +156,9 @@ def _converted(graph: Graph, objective: str, raw: Value) -> Value:
     if objective == "binary:hinge":
         over = graph.op("Greater", raw, graph.constant(0.0, FLOAT), dtype=BOOL)
         return graph.cast(over, FLOAT)
-    raise NotConvertible(f"XGBoost's objective {objective} is not known here", hint="--allow-pickle")
+    raise NotConvertible(
+        f"XGBoost's objective {objective} is not known here", hint="pack a module:function that calls it"
+    )
 
 
 def _rounds(model: Any) -> int | None:
@@ -185,7 +187,8 @@ def _trees(learner: Any, rounds: int | None) -> list[Tree]:
         if any(tree.get("split_type", ())):
             raise NotConvertible(
                 "XGBoost's categories have no exact conversion here",
-                hint="encode them in a scikit-learn pipeline (OrdinalEncoder, OneHotEncoder), or --allow-pickle",
+                hint="encode them in a scikit-learn pipeline (OrdinalEncoder, OneHotEncoder), "
+                "or pack a module:function that calls it",
             )
         if int(tree["tree_param"].get("size_leaf_vector", 1)) > 1:
             raise NotConvertible(

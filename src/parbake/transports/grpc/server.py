@@ -17,20 +17,19 @@ from parbake.transports.access import Access
 from parbake.transports.grpc.health import HealthService
 from parbake.transports.grpc.messages import HEALTH, INFERENCE
 from parbake.transports.grpc.service import InferenceService
-from parbake.transports.http.router import Router
 
 _STILL_ANSWERED_S: Final = 0.2
 _TURNED_AWAY_S: Final = 0.2
 
 
 async def serve_grpc(
-    front: Front, router: Router, settings: ServerSettings, access: Access, port: int
+    front: Front, settings: ServerSettings, access: Access, port: int
 ) -> Callable[[], Awaitable[None]]:
     """Listen on ``port``, which several fronts may share; gives what stops it after answering what it has.
 
     Raises `SettingsError` where the port or the certificate cannot be used.
     """
-    inference = InferenceService(front, router, access)
+    inference = InferenceService(front, access)
     health = HealthService(front, inference)
     server: Any = grpc.aio.server(
         maximum_concurrent_rpcs=settings.max_connections,

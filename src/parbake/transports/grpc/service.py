@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 import grpc
 
 from parbake.app.front import Front
+from parbake.app.repository import Repository
 from parbake.errors import NotReady, ParbakeError
 from parbake.serving.model import Answer
 from parbake.serving.service import ServedVersion
@@ -21,8 +22,13 @@ from parbake.transports.failures import shown, unexpected
 from parbake.transports.grpc.codec import GrpcCodec, values_of
 from parbake.transports.grpc.messages import message, parse, serialize
 from parbake.transports.grpc.replies import details_of, status_of, trailers_of
-from parbake.transports.http.router import Router
-from parbake.transports.metadata import model_config, model_metadata, server_metadata
+from parbake.transports.metadata import (
+    model_config,
+    model_metadata,
+    repository_index,
+    server_metadata,
+    statistics,
+)
 from parbake.transports.parameters import refuse_overrides
 
 _IN_FLIGHT: Final = 64
@@ -52,9 +58,9 @@ class Caller:
 class InferenceService:
     """Answers for one front. Messages are read here and not by gRPC, so that a bad one gets a good answer."""
 
-    def __init__(self, front: Front, router: Router, access: Access) -> None:
+    def __init__(self, front: Front, access: Access) -> None:
         self._front = front
-        self._router = router
+        self._repository = Repository(front)
         self._access = access
         self._codecs: WeakKeyDictionary[ServedVersion, GrpcCodec] = WeakKeyDictionary()
         self._infer_request = message("ModelInferRequest")
@@ -233,24 +239,25 @@ class InferenceService:
     async def _model_statistics(self, request: Any, context: Any) -> Any:
         if request.name:
             self._front.find(request.name, request.version)
-        return message("ModelStatisticsResponse")(
-            **await self._router.statistics(request.name, request.version)
-        )
+        counts = await self._repository.counts()
+        served = self._repository.versions(request.name, request.version)
+        return message("ModelStatisticsResponse")(**statistics(served, counts))
 
     # Repository ------------------------------------------------------------------------------------
 
     async def _repository_index(self, request: Any, context: Any) -> Any:
-        return message("RepositoryIndexResponse")(models=self._router.repository_index(request.ready))
+        listed = self._repository.index(ready_only=request.ready)
+        return message("RepositoryIndexResponse")(models=repository_index(listed))
 
     async def _load(self, request: Any, context: Any) -> Any:
         self._check(context)
         refuse_overrides(request.parameters)
-        await self._router.change(request.model_name, "load")
+        await self._repository.set_loaded(request.model_name, loaded=True)
         return message("RepositoryModelLoadResponse")()
 
     async def _unload(self, request: Any, context: Any) -> Any:
         self._check(context)
-        await self._router.change(request.model_name, "unload")
+        await self._repository.set_loaded(request.model_name, loaded=False)
         return message("RepositoryModelUnloadResponse")()
 
     def _check(self, context: Any) -> None:

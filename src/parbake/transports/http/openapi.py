@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
@@ -110,20 +111,20 @@ class _Document:
         version = _parameter("version", "path", {"type": "string", "enum": numbers}, "A version of it.")
         if not names:
             return
-        self._paths["/v2/models/{name}/ready"] = {
-            "get": {
-                "summary": "The model answers.",
-                "tags": ["models"],
-                "parameters": [name],
-                "responses": self._answers(
-                    _object(name={"type": "string"}, ready={"const": True}), 404, 405, 503
-                ),
-            }
-        }
         for start, parameters in (
             ("/v2/models/{name}", [name]),
             ("/v2/models/{name}/versions/{version}", [name, version]),
         ):
+            self._paths[start + "/ready"] = {
+                "get": {
+                    "summary": "The model answers.",
+                    "tags": ["models"],
+                    "parameters": parameters,
+                    "responses": self._answers(
+                        _object(name={"type": "string"}, ready={"const": True}), 404, 405, 503
+                    ),
+                }
+            }
             for end, summary, reply in (
                 ("", "Inputs, outputs and the contract's own words.", "ModelMetadata"),
                 ("/config", "The model configuration extension's view.", "ModelConfig"),
@@ -364,11 +365,8 @@ def _tensor(served: ServedVersion, spec: TensorSpec, *, reply: bool = False) -> 
 
 def _example_tensor(served: ServedVersion, spec: TensorSpec) -> Schema:
     shape = [1 if size == -1 else size for size in wire_shape(served.contract, spec)]
-    count = 1
-    for size in shape:
-        count *= size
     value: Any = {"BYTES": "text", "BOOL": False}.get(spec.datatype, 0)
-    return {"name": spec.name, "datatype": spec.datatype, "shape": shape, "data": [value] * count}
+    return {"name": spec.name, "datatype": spec.datatype, "shape": shape, "data": [value] * math.prod(shape)}
 
 
 def _described(served: ServedVersion) -> str:

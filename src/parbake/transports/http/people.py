@@ -21,8 +21,9 @@ import msgspec
 
 from parbake.contract.datatypes import FLOATS, INTEGERS, NUMPY
 from parbake.contract.model import TensorSpec
+from parbake.contract.tensors import Shape
 from parbake.errors import InvalidInput, InvalidRequest, MalformedBody, RequestTooLarge
-from parbake.serving.model import Answer, Shape
+from parbake.serving.model import Answer
 from parbake.serving.service import ServedVersion
 from parbake.transports.http.oip import InferCall, flatten
 from parbake.transports.inputs import NON_FINITE, Inputs, pack_plain, pack_values, struct_of, unpack_values

@@ -10,15 +10,9 @@ from urllib.parse import unquote_to_bytes
 import msgspec
 from msgspec import Struct
 
-from parbake.app.control import AllCounts, Channel, GetMetrics, GetStatistics, Load, Message, Text, Unload
 from parbake.app.front import Front
-from parbake.contract.model import NAME_PATTERN
-from parbake.errors import (
-    ModelNotFound,
-    NotReady,
-    ParbakeError,
-    RouteNotFound,
-)
+from parbake.app.repository import Repository
+from parbake.errors import NotReady, ParbakeError, RouteNotFound
 from parbake.serving.service import ServedVersion
 from parbake.settings import ServerSettings
 from parbake.transports.access import Access
@@ -29,7 +23,13 @@ from parbake.transports.http.openapi import openapi
 from parbake.transports.http.page import page
 from parbake.transports.http.people import PeopleCodec
 from parbake.transports.http.protocol import JSON, Exchange, allow
-from parbake.transports.metadata import model_config, model_metadata, server_metadata, statistics
+from parbake.transports.metadata import (
+    model_config,
+    model_metadata,
+    repository_index,
+    server_metadata,
+    statistics,
+)
 from parbake.transports.parameters import refuse_overrides
 
 _HTML: Final = b"text/html; charset=utf-8"
@@ -53,6 +53,7 @@ class Router:
 
     def __init__(self, front: Front, settings: ServerSettings, access: Access) -> None:
         self._front = front
+        self._repository = Repository(front)
         self._settings = settings
         self._access = access
         self._exact: dict[bytes, Callable[[Exchange], None]] = {}
@@ -169,8 +170,7 @@ class Router:
         allow(exchange, b"GET", b"HEAD")
 
         async def page_() -> tuple[bytes, bytes]:
-            reply = await self._ask(GetMetrics())
-            return (reply.text if isinstance(reply, Text) else "").encode(), _TEXT
+            return (await self._repository.metrics()).encode(), _TEXT
 
         self._later(exchange, page_)
 
@@ -179,14 +179,8 @@ class Router:
         self._later(exchange, lambda: self._statistics("", ""))
 
     async def _statistics(self, name: str, version: str) -> tuple[bytes, bytes]:
-        return msgspec.json.encode(await self.statistics(name, version)), JSON
-
-    async def statistics(self, name: str, version: str) -> dict[str, Any]:
-        """The statistics extension's view of one model or, without a name, of all."""
-        reply = await self._ask(GetStatistics())
-        counts = reply if isinstance(reply, AllCounts) else AllCounts(())
-        served = [s for s in self._front.versions() if name in ("", s.name) and version in ("", s.version)]
-        return statistics(served, counts)
+        counts = await self._repository.counts()
+        return msgspec.json.encode(statistics(self._repository.versions(name, version), counts)), JSON
 
     # People ----------------------------------------------------------------------------------------
 
@@ -212,18 +206,8 @@ class Router:
         ready_only = False
         if body := exchange.content(self._settings.max_body_bytes):
             ready_only = decode_json(msgspec.json.Decoder(IndexRequest), body).ready
-        exchange.reply_json(msgspec.json.encode(self.repository_index(ready_only)))
-
-    def repository_index(self, ready_only: bool) -> list[dict[str, str]]:
-        """Every version with its state, as the model repository extension has it."""
-        found: list[dict[str, str]] = []
-        for served in self._front.versions():
-            state = "READY" if served.ready else "UNAVAILABLE"
-            reason = "" if served.ready else "its process is being started again"
-            found.append({"name": served.name, "version": served.version, "state": state, "reason": reason})
-        for name in self._front.unloaded():
-            found.append({"name": name, "version": "", "state": "UNAVAILABLE", "reason": "unloaded"})
-        return [item for item in found if not ready_only or item["state"] == "READY"]
+        listed = self._repository.index(ready_only=ready_only)
+        exchange.reply_json(msgspec.json.encode(repository_index(listed)))
 
     def _control(self, exchange: Exchange, name: str, action: str) -> None:
         self._access.check(
@@ -238,24 +222,12 @@ class Router:
             refuse_overrides(decode_json(msgspec.json.Decoder(ControlRequest), body).parameters)
 
         async def change() -> tuple[bytes, bytes]:
-            await self.change(name, action)
+            await self._repository.set_loaded(name, loaded=action == "load")
             return b"{}", JSON
 
         self._later(exchange, change)
 
-    async def change(self, name: str, action: str) -> None:
-        """Have the supervisor ``load`` or ``unload`` a deployment, in all fronts. Raises `ParbakeError`."""
-        if not NAME_PATTERN.match(name):
-            raise ModelNotFound(f"no model {name[:80]!r} is configured")
-        await self._ask(Load(name) if action == "load" else Unload(name))
-
     # Later -----------------------------------------------------------------------------------------
-
-    async def _ask(self, message: Message) -> Message:
-        channel: Channel | None = self._front.channel
-        if channel is None:
-            raise NotReady("the supervisor is not there")
-        return await channel.call(message, 120.0)
 
     def _later(self, exchange: Exchange, work: Callable[[], Awaitable[tuple[bytes, bytes]]]) -> None:
         async def answer() -> None:

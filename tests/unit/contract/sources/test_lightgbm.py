@@ -186,6 +186,13 @@ def test_linear_trees_are_refused() -> None:
         from_lightgbm(model, X[:10])
 
 
+def test_an_objective_that_is_not_known_is_refused_with_what_to_do_instead() -> None:
+    model = lgb.LGBMRegressor(objective="cross_entropy_lambda", **SMALL).fit(np.nan_to_num(X), Y > 0)
+    with pytest.raises(NotConvertible, match="objective cross_entropy_lambda is not known here") as caught:
+        from_lightgbm(model, X[:10])
+    assert caught.value.hint == "pack a module:function that calls it"
+
+
 def test_an_example_of_another_width_is_refused() -> None:
     model = lgb.LGBMRegressor(**SMALL).fit(X, Y)
     with pytest.raises(NotConvertible, match="trained on 6 columns, the example has 5"):

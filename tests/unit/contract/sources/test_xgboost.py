@@ -150,3 +150,6 @@ def test_categories_are_refused_with_what_to_do_instead() -> None:
     with pytest.raises(NotConvertible, match="categories") as caught:
         from_xgboost(model, frame.head(10))
     assert "OneHotEncoder" in caught.value.hint
+    # A pickle of this model is not taken, so nobody should be sent that way.
+    assert "pickle" not in caught.value.hint
+    assert caught.value.hint.endswith("or pack a module:function that calls it")

@@ -32,7 +32,6 @@ from parbake.errors import Conflict
 from parbake.settings import ServerSettings
 from parbake.transports.access import Access
 from parbake.transports.grpc.server import serve_grpc
-from parbake.transports.http.router import Router
 from tests.echo import ONNX_TYPES, write_echo
 
 T = TypeVar("T")
@@ -113,13 +112,12 @@ class GrpcFront:
         await self.front.handle(Prepare(Plan(1, entries, unloaded=("resting",))))
         await self.front.handle(Commit(1))
         access = Access(self._settings.repository_api, self._settings.admin_token, loopback_only=True)
-        router = Router(self.front, self._settings, access)
         with socket.socket() as held:
             # A port that several servers may share stays free for the next one.
             held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             held.bind(("127.0.0.1", 0))
             port = held.getsockname()[1]
-            self._stop = await serve_grpc(self.front, router, self._settings, access, port)
+            self._stop = await serve_grpc(self.front, self._settings, access, port)
         self.address = f"127.0.0.1:{port}"
 
     async def stop(self) -> None:

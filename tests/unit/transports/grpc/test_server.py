@@ -28,7 +28,6 @@ from parbake.transports.access import Access
 from parbake.transports.grpc.messages import HEALTH, INFERENCE, message
 from parbake.transports.grpc.server import serve_grpc
 from parbake.transports.grpc.service import address_of
-from parbake.transports.http.router import Router
 from tests.echo import ONNX_TYPES, write_echo
 from tests.unit.transports.grpc.conftest import GrpcFront
 
@@ -470,7 +469,7 @@ def test_a_port_that_is_taken_is_an_error_with_a_remedy(tmp_path: Path) -> None:
         front = Front(asyncio.get_running_loop(), lambda: None)
         access = Access("off", "", loopback_only=True)
         settings = ServerSettings()
-        await serve_grpc(front, Router(front, settings, access), settings, access, port)
+        await serve_grpc(front, settings, access, port)
 
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

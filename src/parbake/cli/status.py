@@ -1,0 +1,101 @@
+"""`parbake status`: what a running server serves, from what, and how it fares."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import click
+
+from parbake.cli.options import Command, json_option
+from parbake.cli.output import age, emit, emit_json, emit_table, emit_title
+
+if TYPE_CHECKING:
+    from parbake.app.supervisor import Status, VersionStatus
+
+_TITLES = (
+    "model",
+    "version",
+    "mode",
+    "digest",
+    "table rows",
+    "requests",
+    "errors",
+    "runs in",
+    "restarts",
+    "owner",
+)
+_NUMBERS = ("table rows", "requests", "errors", "restarts")
+_DIGEST = len("sha256:") + 12
+
+
+@click.command(cls=Command, short_help="Show what a running server serves.")
+@click.option(
+    "--port",
+    type=click.IntRange(1, 65535),
+    envvar="PARBAKE_PORT",
+    metavar="PORT",
+    help="HTTP port of the server, where several run on this machine.",
+)
+@click.option(
+    "--admin-url", default="", envvar="PARBAKE_ADMIN_URL", metavar="URL", help="Admin API of the server."
+)
+@click.option(
+    "--token", default="", envvar="PARBAKE_ADMIN_TOKEN", metavar="TOKEN", help="Token of the admin API."
+)
+@json_option
+def command(port: int | None, admin_url: str, token: str, as_json: bool) -> None:
+    """Show what a running server serves, since when, in which processes, and what it was asked.
+
+    Requests, errors and restarts are counted since the start of the server.
+    """
+    from parbake.transports import client
+
+    found = client.status(port=port, admin_url=admin_url, token=token)
+    if as_json:
+        emit_json(found)
+    else:
+        show(found, time.time())
+
+
+def show(status: Status, now: float) -> None:
+    """Print a server for a person. ``now`` is Unix time."""
+    fronts, restarts = len(status.front_pids), status.front_restarts
+    emit_title(f"process {status.pid}, started {age(now - status.started)}")
+    emit(
+        f"{fronts} front{'' if fronts == 1 else 's'}, started again {restarts} time{'' if restarts == 1 else 's'}; "
+        f"what is served was changed {max(status.generation - 1, 0)} time{'' if status.generation == 2 else 's'}"
+    )
+    if status.versions:
+        emit()
+        emit_table([_row(version, now) for version in status.versions], _TITLES, numbers=_NUMBERS)
+    if status.unloaded:
+        emit()
+        emit(f"not loaded: {', '.join(status.unloaded)}")
+
+
+def _row(version: VersionStatus, now: float) -> tuple[str, ...]:
+    table = f"{version.table_rows:,}" if version.table else "-"
+    if version.table_expires and now > version.table_expires:
+        table += " expired"
+    return (
+        version.name,
+        version.version,
+        f"{version.mode} (auto)" if version.auto else version.mode,
+        version.digest[:_DIGEST],
+        table,
+        f"{version.requests:,}",
+        f"{version.errors:,}",
+        _place(version),
+        str(version.runner_restarts),
+        version.owner,
+    )
+
+
+def _place(version: VersionStatus) -> str:
+    if version.mode == "static":
+        return "-"
+    if version.placement != "process":
+        return "fronts"
+    count = len(version.runner_pids)
+    return f"{count} runner{'' if count == 1 else 's'}"

@@ -1,0 +1,139 @@
+"""What the model of the server must agree with: arithmetic where that knows the answer, and itself."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from parbake.advisor.model import BatchTime, Costs, FrontCost, Load, ModelCost
+from parbake.advisor.queueing import Answers, largest_batch, simulate
+
+FREE = FrontCost(hit_s=1e-5, miss_s=2e-5, learn_s=0.0, batch_s=0.0, turn_s=0.0, wire_s=0.0, hop_s=0.0)
+
+
+def costs(row_s: float = 1e-3, fixed_s: float = 0.0, *, inline: bool = False, **changed: object) -> Costs:
+    sizes = (1, 2, 4, 8, 16, 32, 64)
+    batches = tuple(BatchTime(n, fixed_s + row_s * n, fixed_s + row_s * n) for n in sizes)
+    made = Costs(
+        model=ModelCost(fixed_s, row_s, batches),
+        front=FREE,
+        inline=inline,
+        threads=1,
+        fronts=1,
+        cores=4.0,
+        table_row_bytes=40.0,
+        head_row_bytes=400.0,
+        most_batch_rows=64,
+    )
+    return replace(made, **changed)  # type: ignore[arg-type]  # fields by name
+
+
+ALL = Answers(lambda number: True, lambda number: None)
+NONE = Answers(lambda number: False, lambda number: None)
+
+
+def test_hits_alone_are_limited_by_the_front() -> None:
+    seen = simulate(costs(), Load(16), ALL, requests=2000, warm_up=200)
+
+    assert seen.per_s == pytest.approx(1 / FREE.hit_s, rel=0.01)
+    assert seen.p50_s == pytest.approx(16 * FREE.hit_s, rel=0.01)
+    assert (seen.coverage, seen.batch_rows) == (1.0, 0.0)
+
+
+def test_a_slow_model_of_its_own_is_the_limit_and_batches_fill_up_with_who_waits() -> None:
+    seen = simulate(costs(row_s=1e-3), Load(16), NONE, requests=2000, warm_up=200)
+
+    # While one half is in the model, the other half waits.
+    assert seen.per_s == pytest.approx(1000, rel=0.05)
+    assert 7 <= seen.batch_rows <= 16
+    assert seen.model_s == pytest.approx(1e-3, rel=0.02)
+
+
+def test_in_the_front_the_model_adds_to_what_the_front_costs() -> None:
+    seen = simulate(costs(row_s=5e-5, inline=True), Load(16), NONE, requests=2000, warm_up=200)
+
+    assert seen.per_s == pytest.approx(1 / (FREE.miss_s + 5e-5), rel=0.02)
+
+
+def test_one_caller_waits_for_all_there_is_and_for_nobody_else() -> None:
+    front = replace(FREE, batch_s=1e-4, turn_s=3e-5, wire_s=5e-5, hop_s=2e-4)
+
+    seen = simulate(costs(row_s=1e-3, front=front), Load(1), NONE, requests=50)
+
+    # A turn for the request, and one for the answer.
+    whole = FREE.miss_s + 1e-4 + 2 * 3e-5 + 5e-5 + 2e-4 + 1e-3
+    assert seen.p50_s == pytest.approx(whole, rel=1e-6)
+
+
+def test_hits_do_not_wait_for_a_model_in_a_process_of_its_own() -> None:
+    mixed = Answers(lambda number: number % 10 != 0, lambda number: None)
+
+    apart = simulate(costs(row_s=5e-3), Load(8, 200.0), mixed, requests=3000, warm_up=300)
+    inside = simulate(costs(row_s=5e-3, inline=True), Load(8, 200.0), mixed, requests=3000, warm_up=300)
+
+    assert apart.p50_s < 1.2 * FREE.hit_s
+    assert inside.mean_s > apart.mean_s
+
+
+def test_one_key_asked_for_by_everybody_is_computed_once() -> None:
+    same = Answers(lambda number: False, lambda number: None, lambda number: 0)
+
+    seen = simulate(costs(row_s=1e-3), Load(32), same, requests=2000, warm_up=200)
+
+    assert seen.batch_rows == 1.0
+    assert seen.per_s > 10_000
+
+
+def test_threads_share_the_cores_when_there_are_fewer() -> None:
+    alone = simulate(costs(row_s=1e-3), Load(16), NONE, requests=1000, warm_up=100, client_s=4e-4)
+    crowded = simulate(
+        costs(row_s=1e-3, cores=1.0), Load(16), NONE, requests=1000, warm_up=100, client_s=4e-4
+    )
+
+    assert alone.per_s == pytest.approx(1000, rel=0.05)
+    assert crowded.per_s == pytest.approx(1 / (1e-3 + 4e-4 + FREE.miss_s), rel=0.05)
+
+
+def test_a_rate_above_what_can_be_done_makes_everybody_wait() -> None:
+    below = simulate(costs(row_s=1e-3, most_batch_rows=1), Load(1, 500.0), NONE, requests=3000, warm_up=300)
+    above = simulate(costs(row_s=1e-3, most_batch_rows=1), Load(1, 1500.0), NONE, requests=3000, warm_up=300)
+
+    # M/D/1 at half load: mean wait of half a service (Pollaczek-Khinchine).
+    assert below.mean_s == pytest.approx(1.5e-3, rel=0.1)
+    assert above.per_s == pytest.approx(1000, rel=0.05)
+    assert above.p50_s > 100 * below.p50_s
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 40),
+    st.floats(1e-6, 1e-2),
+    st.floats(0.0, 1.0),
+    st.booleans(),
+    st.floats(0.5, 4.0),
+    st.floats(0.0, 1e-4),
+)
+def test_work_is_conserved(
+    connections: int, row_s: float, share: float, inline: bool, cores: float, client_s: float
+) -> None:
+    """Little's law holds, nothing is answered twice, and nobody is busier than there are cores."""
+    hits = [(i * 0.61803) % 1 < share for i in range(400)]
+    answers = Answers(hits.__getitem__, lambda number: None)
+
+    seen = simulate(
+        costs(row_s, inline=inline, cores=cores), Load(connections), answers, requests=400, client_s=client_s
+    )
+
+    assert seen.requests == 400
+    assert seen.coverage == pytest.approx(sum(hits) / 400)
+    assert (seen.front_s + seen.model_s + client_s) * seen.per_s <= cores * 1.001 + 1e-9 or client_s > 0
+    # Callers that wait or are served are never more than there are.
+    assert seen.mean_s * seen.per_s <= connections * 1.01
+
+
+def test_the_largest_batch_fits_into_the_time_or_doubles_what_a_batch_costs() -> None:
+    assert largest_batch(0.0, 0.02, 0.25, 1024) == 12
+    assert largest_batch(0.1, 0.001, 0.05, 1024) == 100
+    assert largest_batch(0.0, 0.0, 0.25, 1024) == 1024
+    assert largest_batch(0.0, 1.0, 0.25, 1024) == 1
