@@ -89,7 +89,7 @@ def run(folder: Path, *, seconds: float, quick: bool, say: Callable[[str], None]
     for what, layers in models:
         say(f"{what}: packing")
         rows = rows_of(max(int(keys.max()) + 1 for _, keys in traces))
-        bundle = packed_network(folder / what.replace(" ", "-"), layers, rows[: 256 if layers < 10 else 8])
+        bundle = packed_network(folder / what.replace(" ", "-"), layers, rows[: 64 if layers < 10 else 8])
         costs = measured[what] = measure(
             bundle,
             connections=_CONNECTIONS,

@@ -88,7 +88,7 @@ def choices() -> None:
         panel.set_xscale("log")
         panel.set_xlabel(f"keys among {REQUESTS:,} requests")
         panel.set_ylabel("Zipf exponent: flat below, peaked above")
-        panel.set_title(f"a model of {row_s * 1e6:g} us a row")
+        panel.set_title(f"a model of {row_s * 1e3:g} ms a row")
     for mode, (mark, colour) in marks.items():
         panels[0].scatter([], [], marker=mark, c=colour, edgecolors="black", s=90, label=mode)
     figure.legend(loc="outside lower center", frameon=False, ncols=3)

@@ -205,12 +205,14 @@ class DeploymentSettings(Struct, frozen=True, forbid_unknown_fields=True):
         ),
         msgspec.Meta(ge=0),
     ] = 100_000
-    head_bytes: Annotated[
-        int, Option("Most memory for them in each front.", "BYTES"), msgspec.Meta(ge=0)
-    ] = 256 * 1024 * 1024
+    head_bytes: Annotated[int, Option("Most memory for them in each front.", "BYTES"), msgspec.Meta(ge=0)] = (
+        256 * 1024 * 1024
+    )
     warm_s: Annotated[
         float,
-        Option("Longest that a new version is baked for the current head before it takes traffic.", "SECONDS"),
+        Option(
+            "Longest that a new version is baked for the current head before it takes traffic.", "SECONDS"
+        ),
         msgspec.Meta(ge=0),
     ] = 60.0
 

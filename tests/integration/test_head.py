@@ -200,7 +200,8 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     config = ""
     for name, bundle in bundles.items():
         for mode in ("dynamic", "hybrid"):
-            config += f'[[deployments]]\nname = "{name}-{mode}"\nbundle = "{bundle.path}"\nmode = "{mode}"\nhead_rows = 4\n'
+            config += f'[[deployments]]\nname = "{name}-{mode}"\nbundle = "{bundle.path}"\n'
+            config += f'mode = "{mode}"\nhead_rows = 4\n'
     (folder / "parbake.toml").write_text(config)
     with serving(config=folder / "parbake.toml", workers=1) as server:
         yield server

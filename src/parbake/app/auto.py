@@ -26,6 +26,8 @@ _LEAST_GAIN: Final = 0.1
 _MOST_LOSS: Final = 0.03
 """How much better what is in force may be when dynamic mode, the simplest, takes its place all the same. What is
 between the two changes nothing."""
+_FOLLOWED: Final = 2000
+"""Requests that are followed through the queues for each way: medians need no more."""
 _LONGEST_S: Final = 300.0
 _LESS_URGENT: Final = 10
 """Niceness of the process that measures: requests go first."""
@@ -135,6 +137,7 @@ def answer(question: Question) -> Advised:
         promise=promise,
         load=Load(CONNECTIONS, traffic.rate_per_s),
         prices=Prices(),
+        followed=_FOLLOWED,
     )
     budget = min(1.0, question.head_rows / max(traffic.distinct.value, 1.0))
     options = [

@@ -260,8 +260,11 @@ def _measured(
             hint="batch='one' runs each row by itself",
         )
     chosen = invariance.policy(findings, dimension, False, contract.batch.max_rows)
-    if chosen.invariant_from is not None and not invariance.holds(
-        session.with_batch(chosen).run, pool, outputs, effort=effort
+    # A row that is always run by itself has no company.
+    if (
+        dimension == "any"
+        and chosen.invariant_from is not None
+        and not invariance.holds(session.with_batch(chosen).run, pool, outputs, effort=effort)
     ):
         wide = invariance.measure(session.run, pool, outputs, effort=effort, seed=11)
         findings = invariance.Findings(None, spread=max(findings.spread, wide.spread))

@@ -82,9 +82,7 @@ def test_the_budget_holds_and_answers_are_what_was_stored(
         if kind == "g":
             found = head.get(name)
             assert found is None or found == stored[name][0]
-        elif kind == "s" and head.store(name, row(4 * size), record):
-            stored[name] = (record, now)
-        elif kind == "w" and head.warm(name, row(4 * size), record):
+        elif kind in "sw" and (head.store if kind == "s" else head.warm)(name, row(4 * size), record):
             stored[name] = (record, now)
         elif kind == "r" and head.holds(name):
             head.refresh(name, record)
