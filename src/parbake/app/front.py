@@ -68,6 +68,9 @@ _LONGEST_BATCH_S: Final = 0.25
 _TEND_S: Final = 0.5
 """How often the learned heads are looked after."""
 
+_STEP: Final = 1000
+"""Keys that are handled at once."""
+
 _FRESHNESS_MARGIN: Final = 0.1
 """Part of the freshness at whose end a record counts as stale already: nobody looks at the clock for each request."""
 
@@ -330,7 +333,7 @@ class Front:
         if slot.warmer is None or not before:
             return
         started = time.monotonic()
-        items = succeed(slot.served, (same or before)[-1].served)
+        items = await succeed(slot.served, (same or before)[-1].served)
         if not items:
             return
         done = await slot.warmer.before_traffic(items, entry.warm_s)
@@ -355,7 +358,9 @@ class Front:
                 if head is None or warmer is None or slot.served.closed:
                     continue
                 try:
-                    head.expire()
+                    # In steps, so that requests are answered in between.
+                    while head.expire(_STEP) == _STEP or head.settle(_STEP):
+                        await asyncio.sleep(0)
                     freshness_s = slot.served.contract.freshness_s
                     within_s = 0.0 if freshness_s is None else freshness_s / 5
                     await warmer.when_idle(_TEND_S / 2, within_s)

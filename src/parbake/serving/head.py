@@ -17,6 +17,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Final
 
 import numpy as np
@@ -58,6 +59,11 @@ _MOST_KNOWN: Final = 2_000_000
 
 ENTRY_BYTES: Final = 320
 """What the process spends on a row beside its key, inputs and record (dict entries, object headers)."""
+
+_STEP: Final = 500
+"""Keys that are handled at once where nobody waits for it."""
+_SETTLED_AT_ONCE: Final = 1024
+_LOOKED_AT: Final = 5000
 
 Get = Callable[[bytes], bytes | None]
 Shapes = tuple[tuple[int, ...], ...]
@@ -114,6 +120,8 @@ class Head:
         # Everything known of keys, held or not, by place.
         self._places: dict[bytes, int] = {}
         self._names: list[bytes] = []
+        self._free: list[int] = []
+        """Places of keys that were forgotten."""
         self._most_known = min(max(_KNOWN_PER_ROW * most_rows, _FEWEST_KNOWN), _MOST_KNOWN)
         self._count = array("H")
         self._last = array("q")
@@ -160,7 +168,7 @@ class Head:
 
         Says whether it is held from now on.
         """
-        self._settle()
+        self.settle(_SETTLED_AT_ONCE)
         place = self._seen(key)
         if self._now >= self._census_at:
             self._census()
@@ -176,17 +184,42 @@ class Head:
 
     # What is done in between -----------------------------------------------------------------------
 
-    def expire(self) -> int:
-        """Drop what is no longer fresh; gives how many that were."""
+    def settle(self, most: int | None = None) -> int:
+        """Take in requests that were answered from here since the last time, ``most`` at once.
+
+        Gives how many are left.
+        """
+        touched = self._touched
+        if not touched:
+            return 0
+        part = touched if most is None or len(touched) <= most else touched[:most]
+        places, last, count = self._places, self._last, self._count
+        asked = self._asked
+        now = self._now
+        for key in part:
+            now += 1
+            place = places.get(key)
+            if place is None:
+                continue
+            times = count[place]
+            asked[_CLASS_OF[times] * _AGES + (now - last[place]).bit_length() - 1] += 1
+            last[place] = now
+            if times < _MOST_COUNT:
+                count[place] = times + 1
+        self._now = now
+        # The same list stays: `_touch` is bound to it.
+        del touched[: len(part)]
+        return len(touched)
+
+    def expire(self, most: int | None = None) -> int:
+        """Drop what is no longer fresh, ``most`` records at once; gives how many those were."""
         if self._freshness_s is None:
             return 0
-        limit = self._clock() - self._freshness_s
-        gone = 0
-        for key in list(self._stale(limit)):
+        stale = list(islice(self._stale(self._clock() - self._freshness_s), most))
+        for key in stale:
             self._drop(key)
-            gone += 1
-        self.expired += gone
-        return gone
+        self.expired += len(stale)
+        return len(stale)
 
     def ageing(self, within_s: float, rows: int) -> list[tuple[bytes, Row]]:
         """Up to ``rows`` keys, with their rows, whose records stop being fresh in ``within_s`` seconds.
@@ -195,11 +228,11 @@ class Head:
         """
         if self._freshness_s is None or not self._records:
             return []
-        self._settle()
+        self.settle()
         mean = float(np.mean(self._scores(self._sample_held())[0]))
         limit = self._clock() - self._freshness_s + within_s
         found: list[tuple[bytes, Row]] = []
-        for key in self._stale(limit):
+        for key in islice(self._stale(limit), _LOOKED_AT):
             if self._score(self._places[key]) >= mean:
                 found.append((key, self._rows[key]))
                 if len(found) == rows:
@@ -220,19 +253,19 @@ class Head:
 
     def hottest(self) -> list[tuple[bytes, Row]]:
         """All keys that are held, with their rows, the likeliest to be asked for first."""
-        self._settle()
+        self.settle()
         if not self._held:
             return []
         places = np.frombuffer(self._held, dtype=np.int64).copy()
         order = places[np.argsort(-self._scores(places)[0], kind="stable")]
         return [(key, self._rows[key]) for key in (self._names[place] for place in order.tolist())]
 
-    def take_over(self, other: Head, renamed: dict[bytes, bytes]) -> None:
-        """Learn from another head what it knows of the traffic; ``renamed`` are this head's keys by the other's.
+    def take_over(self, other: Head) -> Iterator[None]:
+        """Learn from another head what it knows of the traffic, in steps that each take well below a millisecond.
 
-        Records are not taken over: they are another bundle's.
+        Records are not taken over: they may be another bundle's.
         """
-        other._settle()
+        other.settle()
         self._now = other._now
         self._asked_sum = other._asked_sum.copy()
         self._exposed_sum = other._exposed_sum.copy()
@@ -240,16 +273,19 @@ class Head:
         self._hazard = list(other._hazard)
         self._census_at = other._census_at
         self._census_was = other._census_was
-        for old, place in other._places.items():
-            key = renamed.get(old, old)
-            if key not in self._places:
+        yield
+        for number, (key, place) in enumerate(list(other._places.items())):
+            if key not in self._places and len(self._names) < self._most_known:
                 mine = self._place(key)
                 self._count[mine] = other._count[place]
-                self._last[mine] = other._last[place]
+                # The other one goes on counting in between.
+                self._last[mine] = min(other._last[place], self._now)
+            if number % _STEP == _STEP - 1:
+                yield
 
-    def record(self, key: bytes) -> bytes:
-        """The record that is held for a key (without counting as a request)."""
-        return self._records[key]
+    def find(self, key: bytes) -> bytes | None:
+        """The record that is held for a key, or None (without counting as a request)."""
+        return self._records.get(key)
 
     def baked_at(self, key: bytes) -> float | None:
         """When the record of a key was baked, by the head's clock; None where nothing expires."""
@@ -274,27 +310,6 @@ class Head:
 
     # Inside ----------------------------------------------------------------------------------------
 
-    def _settle(self) -> None:
-        """Take in the requests that were answered from here since the last time."""
-        touched = self._touched
-        if not touched:
-            return
-        places, last, count = self._places, self._last, self._count
-        asked = self._asked
-        now = self._now
-        for key in touched:
-            now += 1
-            place = places.get(key)
-            if place is None:
-                continue
-            times = count[place]
-            asked[_CLASS_OF[times] * _AGES + (now - last[place]).bit_length() - 1] += 1
-            last[place] = now
-            if times < _MOST_COUNT:
-                count[place] = times + 1
-        self._now = now
-        touched.clear()
-
     def _seen(self, key: bytes) -> int:
         """Note a request for a key, and give its place."""
         self._now += 1
@@ -311,35 +326,33 @@ class Head:
         return place
 
     def _place(self, key: bytes) -> int:
-        if len(self._names) >= self._most_known:
-            self._forget()
-        place = len(self._names)
+        if self._free or len(self._names) >= self._most_known:
+            if not self._free:
+                self._forget()
+            place = self._free.pop()
+            self._names[place] = key
+            self._count[place] = 1
+            self._last[place] = self._now
+        else:
+            place = len(self._names)
+            self._names.append(key)
+            self._count.append(1)
+            self._last.append(self._now)
+            self._slot.append(-1)
+            self._size.append(0)
         self._places[key] = place
-        self._names.append(key)
-        self._count.append(1)
-        self._last.append(self._now)
-        self._slot.append(-1)
-        self._size.append(0)
         return place
 
     def _forget(self) -> None:
-        """Drop the quarter of the known keys that is least likely to be asked for, but none that is held."""
-        places = np.arange(len(self._names))
-        scores = self._scores(places)[0]
-        scores[np.frombuffer(self._held, dtype=np.int64)] = np.inf
-        keep = np.sort(np.argsort(-scores, kind="stable")[: max(3 * len(places) // 4, len(self._held))])
-        kept = keep.tolist()
-        names, slot = self._names, self._slot
-        self._names = [names[i] for i in kept]
-        self._count = array("H", [self._count[i] for i in kept])
-        self._last = array("q", [self._last[i] for i in kept])
-        self._size = array("q", [self._size[i] for i in kept])
-        self._slot = array("q", [slot[i] for i in kept])
-        self._places = {name: i for i, name in enumerate(self._names)}
-        for place, at in enumerate(self._slot):
-            if at >= 0:
-                self._held[at] = place
-        self._candidates.clear()
+        """Make room for what is new: forget some of the keys that are least likely to be asked for and not held."""
+        while not self._free:
+            sample = np.unique(self._random.integers(0, len(self._names), _CANDIDATES))
+            sample = sample[np.frombuffer(self._slot, dtype=np.int64)[sample] < 0]
+            scores, places = self._scores(sample)
+            least = np.argsort(scores, kind="stable")[: _CANDIDATES // 4]
+            self._free = places[least].tolist()
+        for place in self._free:
+            del self._places[self._names[place]]
 
     def _census(self) -> None:
         """Measure the hazards anew: what was asked for since the last census, by how many keys could have been."""

@@ -18,6 +18,8 @@ _SLICE_S: Final = 0.005
 _MOST_ROWS: Final = 256
 _LEFT_S: Final = 30.0
 """Deadline of such rows."""
+_STEP: Final = 500
+"""Rows that are handled at once while requests are answered."""
 _GIVE_UP_AFTER: Final = 3
 """Slices in a row of which no row could be computed."""
 
@@ -31,7 +33,7 @@ def takes(contract: Contract, other: Contract) -> bool:
     ]
 
 
-def succeed(served: ServedVersion, before: ServedVersion) -> list[Item]:
+async def succeed(served: ServedVersion, before: ServedVersion) -> list[Item]:
     """Give a version what the one before it knows of the traffic; gives the rows to bake, the hottest first.
 
     Where both are the same bundle the records go over as they are, and nothing is left to bake.
@@ -39,19 +41,26 @@ def succeed(served: ServedVersion, before: ServedVersion) -> list[Item]:
     head, old = served.head, before.head
     if head is None or old is None or not takes(served.contract, before.contract):
         return []
-    same = served.digest == before.digest
-    items: list[Item] = []
-    renamed: dict[bytes, bytes] = {}
-    for key, row in old.hottest():
-        mine = key if same else served.head_key(row)
-        renamed[key] = mine
-        items.append((mine, row))
-    head.take_over(old, renamed)
-    if not same:
-        return items
+    # Requests are answered in between: each step is short.
+    for _ in head.take_over(old):
+        await asyncio.sleep(0)
+    items = old.hottest()
+    if served.digest != before.digest:
+        # The same rows have the same keys as long as the contract makes keys in the same way.
+        renamed: list[Item] = []
+        for number, (_, row) in enumerate(items):
+            renamed.append((served.head_key(row), row))
+            if not number % _STEP:
+                await asyncio.sleep(0)
+        return renamed
     # In the order of baking, in which they stop being fresh.
-    for key, row in sorted(items, key=lambda item: old.baked_at(item[0]) or 0.0):
-        head.warm(key, row, old.record(key), old.baked_at(key))
+    held = [(old.baked_at(key) or 0.0, key, row) for key, row in items]
+    for number, (_, key, row) in enumerate(sorted(held, key=lambda item: item[0])):
+        record = old.find(key)
+        if record is not None:
+            head.warm(key, row, record, old.baked_at(key))
+        if not number % _STEP:
+            await asyncio.sleep(0)
     return []
 
 

@@ -169,7 +169,8 @@ def test_the_successor_knows_the_traffic_and_none_of_the_records() -> None:
     hottest = old.hottest()
     assert {key(0), key(1), key(2)} <= {name for name, _ in hottest[:30]}
     new = make(100)
-    new.take_over(old, {})
+    for _ in new.take_over(old):
+        assert new.rows == 0
     assert new.rows == 0
     assert new.get(hottest[0][0]) is None
     for name, its_row in hottest:
@@ -187,7 +188,7 @@ def test_knowledge_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         if number < 20:
             head.store(key(number), row(), b"hot")
     assert len(head._places) <= 1000
-    assert len(head._places) == len(head._names) == len(head._last)
+    assert len(head._places) + len(head._free) == len(head._names) == len(head._last)
     assert all(head.holds(key(number)) for number in range(20))
 
 
