@@ -122,7 +122,7 @@ def test_completion_completes_commands_and_options(parbake: Parbake) -> None:
 
     assert completed("parbake re", 1) == ["reload"]
     assert completed("parbake serve --grpc", 2) == ["--grpc-port"]
-    assert completed("parbake serve --mode ", 3) == ["dynamic", "static", "hybrid"]
+    assert completed("parbake serve --mode ", 3) == ["dynamic", "static", "hybrid", "auto"]
 
 
 def test_serve_without_anything_to_serve_is_a_usage_error(parbake: Parbake) -> None:

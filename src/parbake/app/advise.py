@@ -141,9 +141,8 @@ def asked_in_sequence(ids: npt.NDArray[np.uint64], source: str, *, window_s: flo
 
 def asked_of_server(report: Measured, name: str) -> Asked:
     """The traffic that a running server has measured of a deployment."""
-    # A window's first touches are more than what is new to it.
     traffic = _traffic(
-        report, f"{name}, as it is served", report.first_touch_share, None, report.rate_per_s or None
+        report, f"{name}, as it is served", report.unseen_share, None, report.rate_per_s or None
     )
     return Asked(traffic)
 

@@ -52,7 +52,7 @@ class _Shares(click.ParamType[tuple[float, ...]]):
 @click.option(
     "--log",
     "log_folder",
-    type=FILE,
+    type=click.Path(file_okay=False, exists=True, path_type=Path),
     metavar="DIR",
     help="Traffic: the folder of a prediction log.",
 )
@@ -61,7 +61,7 @@ class _Shares(click.ParamType[tuple[float, ...]]):
     "--budget",
     "budgets",
     type=_Shares(),
-    default="0.01,0.05,0.2",
+    default="0.01,0.05,0.2,1",
     metavar="SHARES",
     show_default=True,
     help="Sizes of a hybrid head to look at, as shares of the distinct keys.",
@@ -156,6 +156,10 @@ def command(
         raise SettingsError("no bundle is given", hint="parbake advise BUNDLE --trace FILE")
     if watch_s is not None and not of_server:
         raise SettingsError("--verify watches a running server", hint="leave --trace and --log out")
+    if picture is not None and not picture.absolute().parent.is_dir():
+        raise SettingsError(
+            f"no folder {picture.absolute().parent}", hint="--picture names a file in a folder that is there"
+        )
     prices = Prices()
     if price_core_hour is not None or price_gb_month is not None:
         prices = Prices(
@@ -174,6 +178,8 @@ def command(
             asked = asked_in_log(log_folder, name)
         else:
             server = _Server(name, port, admin_url, token)
+            if bundle is not None:
+                _refuse_another(bundle, server.name)
             asked = asked_of_server(server.traffic(), server.name)
             bundle = bundle or Path(server.status.bundle)
             placement = "inline" if server.status.placement == "inline" else "process"
@@ -210,6 +216,18 @@ def command(
     show(advice)
     if picture is not None:
         say(f"picture: {picture}")
+
+
+def _refuse_another(bundle: Path, name: str) -> None:
+    """The traffic of one model says nothing about another. Raises `SettingsError`."""
+    from parbake.contract.bundle import read_bundle
+
+    contract = read_bundle(bundle, verify=False).contract
+    if contract.name != name:
+        raise SettingsError(
+            f"{bundle} holds model {contract.name!r}, and the traffic would be that of {name!r}",
+            hint="--name picks a deployment of the server; --trace or --log bring other traffic",
+        )
 
 
 class _Server:

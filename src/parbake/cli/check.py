@@ -11,6 +11,7 @@ import click
 from parbake.cli.exits import Exit
 from parbake.cli.options import BUNDLE, Command, json_option, pickle_option
 from parbake.cli.output import emit, emit_json, emit_table, emit_title, say_error
+from parbake.errors import BundleError
 
 if TYPE_CHECKING:
     from parbake.app.check import CheckReport
@@ -30,7 +31,12 @@ def command(ctx: click.Context, /, bundle: Path, allow_pickle: bool, as_json: bo
     Exits with 1 where the bundle would not be served here.
     """
     from parbake.app.check import check
+    from parbake.tables.lmdb import is_table
 
+    if is_table(bundle):
+        raise BundleError(
+            f"{bundle} is a prediction table, not a bundle", hint=f"parbake inspect {bundle} shows what it holds"
+        )
     report = check(bundle, allow_pickle=allow_pickle)
     if as_json:
         emit_json({**asdict(report), "path": str(report.path), "ok": report.ok})

@@ -49,6 +49,8 @@ def command(
     done = client.reload([Change(name, "", table, mode)], port=port, admin_url=admin_url, token=token)
     if as_json:
         emit_json(done)
+    elif mode == "auto":
+        say(f"{name} follows the advisor from now on; parbake status shows how it answers, and why")
     elif done.changed:
         say(f"{name} is {mode} after {done.seconds:.2f} s")
     else:

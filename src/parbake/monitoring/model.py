@@ -89,6 +89,9 @@ class Traffic:
     """Share of the head's weight that left the head from one window to the next, averaged; None before two windows."""
     head_error: float
     """The most by which the share of any one key can be wrong."""
+    unseen_share: float = 0.0
+    """Chance that the next request is for a key that never came: the share of the keys that came once (I. J. Good,
+    "The population frequencies of species and the estimation of population parameters", Biometrika 1953)."""
 
     def share_of(self, keys: float) -> float:
         """Coverage of the top ``keys`` keys, read from the curve (linear in between)."""

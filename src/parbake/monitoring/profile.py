@@ -55,6 +55,7 @@ _FOLD_AT: Final = 64 * 1024
 _MAGIC: Final = b"PBTP"
 _FORMAT: Final = 1
 _MOST_BYTES: Final = 4 * 1024 * 1024
+_MORE_THAN_ONCE: Final = 1.5
 _SURE: Final = 0.8
 """Share of a frequent key's count that must be certain for the key to count as head; the others are
 estimated from the sample."""
@@ -234,6 +235,7 @@ class TrafficProfile:
             rate_per_s=self.rate_per_s(),
             turnover=self.turnover(),
             head_error=max(self.head.floor, int(self.head.missed.max(initial=0))) / total,
+            unseen_share=min(1.0, float(weights[values < _MORE_THAN_ONCE].sum()) / total),
         )
 
     def _distribution(self, distinct: float) -> tuple[Floats, Floats]:
@@ -388,6 +390,7 @@ def exact_traffic(keys: Ids) -> Traffic:
         rate_per_s=0.0,
         turnover=sum(gone) / len(gone) if gone else None,
         head_error=0.0,
+        unseen_share=float((counts == 1).sum()) / total,
     )
 
 

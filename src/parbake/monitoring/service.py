@@ -87,12 +87,14 @@ class Monitor:
             for recorder in [*recorders, *retired]:
                 if recorder.note_key is not None:
                     keys = recorder.drain_keys()
-                    if keys:
+                    if keys and self._profiling:
                         with self._profile_lock:
                             self._count(recorder.deployment, keys)
-                    elif recorder in retired:
+                    elif not keys and recorder in retired:
+                        # Empty a second time: nobody holds it any more.
                         with self._lock:
                             self._retired.remove(recorder)
+                            self._dropped_before += recorder.dropped
                     continue
                 rows = recorder.drain()
                 if rows is not None:

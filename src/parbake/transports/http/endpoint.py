@@ -125,7 +125,13 @@ def fail_unexpectedly(exchange: Exchange) -> ParbakeError:
 
 
 def _deadline_ms(value: bytes) -> int:
-    milliseconds = _whole(value)
+    if not value.isdigit() or len(value) > 18:
+        raise InvalidInput(
+            f"a deadline is a whole number of milliseconds, got {value[:40].decode('latin-1')!r}",
+            path="parbake-deadline-ms",
+            hint="send 250 for a quarter of a second",
+        )
+    milliseconds = int(value)
     if milliseconds == 0:
         raise InvalidInput(
             "a deadline of 0 ms cannot be met", path="parbake-deadline-ms", hint="send at least 1"
