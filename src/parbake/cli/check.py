@@ -35,7 +35,8 @@ def command(ctx: click.Context, /, bundle: Path, allow_pickle: bool, as_json: bo
 
     if is_table(bundle):
         raise BundleError(
-            f"{bundle} is a prediction table, not a bundle", hint=f"parbake inspect {bundle} shows what it holds"
+            f"{bundle} is a prediction table, not a bundle",
+            hint=f"parbake inspect {bundle} shows what it holds",
         )
     report = check(bundle, allow_pickle=allow_pickle)
     if as_json:
