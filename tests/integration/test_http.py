@@ -193,7 +193,7 @@ BAD: list[tuple[str, str, bytes, dict[str, str], int, str, str]] = [
     ("unknown encoding", "/v2/models/scaled/infer", b"{}", {"content-encoding": "zstd"}, 400, "malformed_body", "not known"),
     ("lying header", "/v2/models/scaled/infer", b"{}", {"inference-header-content-length": "99"}, 400, "malformed_body", "the body has 2 bytes"),
     ("no number", "/v2/models/scaled/infer", b"{}", {"inference-header-content-length": "-1"}, 400, "malformed_body", "whole number"),
-    ("deadline", "/v2/models/scaled/infer", infer((1, 2)), {"parbake-deadline-ms": "soon"}, 400, "malformed_body", "whole number"),
+    ("deadline", "/v2/models/scaled/infer", infer((1, 2)), {"parbake-deadline-ms": "soon"}, 400, "invalid_input", "whole number"),
     ("model", "/v2/models/nobody/infer", infer((1, 2)), {}, 404, "model_not_found", "no model 'nobody'"),
     ("version", "/v2/models/scaled/versions/9/infer", infer((1, 2)), {}, 404, "version_not_found", "no version '9'"),
     ("url", "/v3/models", b"", {}, 404, "route_not_found", "no such URL"),

@@ -92,9 +92,9 @@ def test_what_does_not_exist_is_said_to_be_missing(server: Server) -> None:
 
 
 def test_a_deadline_that_cannot_be_met_is_refused(server: Server) -> None:
-    for value, code in (("0", "invalid_input"), ("soon", "malformed_body"), ("-5", "malformed_body")):
+    for value in ("0", "soon", "-5"):
         status, body, _ = ask(f"{server.url}/predict/flower", ROW, {"parbake-deadline-ms": value})
-        assert (status, body["code"]) == (400, code)
+        assert (status, body["code"], body["path"]) == (400, "invalid_input", "parbake-deadline-ms")
     assert ask(f"{server.url}/predict/flower", ROW, {"parbake-deadline-ms": "5000"})[:2] == (200, ANSWER)
 
 
