@@ -122,7 +122,7 @@ def _publish(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         record=layout,
         data_bytes=built.data_bytes,
-        data_sha256=built.data_sha256,
+        data_digest=built.data_digest,
     )
     publish(space.table, order.out, lineage, replace=order.replace)
     return lineage, built

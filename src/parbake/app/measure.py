@@ -297,7 +297,7 @@ def quick_table(bundle: StoredBundle, keys: Sequence[bytes], records: Sequence[b
         created=time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
         record=layout,
         data_bytes=built.data_bytes,
-        data_sha256=built.data_sha256,
+        data_digest=built.data_digest,
     )
     publish(building, out, lineage, replace=False)
     return built.data_bytes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
 import sys
@@ -14,6 +13,7 @@ from typing import BinaryIO, Final, Literal
 from parbake.batch.model import FORMATS, FileLayout, Format, Piece
 from parbake.batch.ports import Source
 from parbake.batch.stream import DigestReader
+from parbake.contract.digest import digest_of_file, named, new_hash
 from parbake.contract.model import Contract
 from parbake.errors import InputFileError
 
@@ -88,16 +88,16 @@ class Input:
         """Copy what can be read once to a file, so that it can be read again; gives its digest. Raises OSError."""
         if self._stream is None:
             raise RuntimeError("it was read already")
-        sha = hashlib.sha256()
+        taken = new_hash()
         with spool.open("wb") as out:
             chunk = self._head
             while chunk:
-                sha.update(chunk)
+                taken.update(chunk)
                 out.write(chunk)
                 chunk = self._stream.read(_COPY_BYTES)
         self.close()
         self.path = spool
-        return f"sha256:{sha.hexdigest()}"
+        return named(taken)
 
     def source(self, contract: Contract, done: Collection[Piece], workers: int) -> Source:
         """The input as pieces, those not handed out that are ``done``. Raises `InputFileError`."""
@@ -161,10 +161,10 @@ def word_of(layout: FileLayout) -> str:
 
 
 def digest_of(path: Path) -> str:
-    """``sha256:...`` of a file. Raises `InputFileError`."""
+    """``blake2b:...`` of a file. Raises `InputFileError`."""
     try:
         with path.open("rb") as handle:
-            return f"sha256:{hashlib.file_digest(handle, 'sha256').hexdigest()}"
+            return digest_of_file(handle)
     except OSError as error:
         raise InputFileError(f"cannot be read: {error.strerror}", path=str(path)) from error
 

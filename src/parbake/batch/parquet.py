@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 import threading
@@ -18,6 +17,7 @@ import pyarrow.parquet as pq
 from parbake.batch.columns import bind
 from parbake.batch.model import FileLayout, Piece
 from parbake.batch.ports import Rows, Task
+from parbake.contract.digest import named, new_hash
 from parbake.contract.model import Contract
 from parbake.errors import InputFileError
 
@@ -222,11 +222,11 @@ def _digest_of(path: Path, stop: threading.Event) -> tuple[str, int]:
         # Scoring has the processors first; the digest may take what the merge at the end leaves idle.
         thread = threading.get_native_id()
         os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + _NICE)
-    sha = hashlib.sha256()
+    taken = new_hash()
     with path.open("rb", buffering=0) as handle:
         while not stop.is_set() and (chunk := handle.read(_BUFFER_BYTES)):
-            sha.update(chunk)
-        return f"sha256:{sha.hexdigest()}", handle.tell()
+            taken.update(chunk)
+        return named(taken), handle.tell()
 
 
 def _identity(path: Path) -> tuple[int, int, int]:

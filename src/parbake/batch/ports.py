@@ -58,7 +58,7 @@ class Source(Protocol):
         """
 
     def finish(self) -> tuple[str, int]:
-        """Digest (``sha256:...``) and size in bytes of the whole input. Raises `InputFileError` if it changed."""
+        """Digest (``blake2b:...``) and size in bytes of the whole input. Raises `InputFileError` if it changed."""
 
     def close(self) -> None:
         """Let go of the file."""

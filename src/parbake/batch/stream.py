@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import sys
 from typing import BinaryIO
+
+from parbake.contract.digest import named, new_hash
 
 _DRAIN_BYTES = 1 << 20
 
@@ -16,7 +17,7 @@ class DigestReader(io.RawIOBase):
     def __init__(self, stream: BinaryIO, head: bytes = b"") -> None:
         self._stream = stream
         self._head = head
-        self._sha = hashlib.sha256()
+        self._taken = new_hash()
         self.bytes_read = 0
 
     def readable(self) -> bool:
@@ -33,15 +34,15 @@ class DigestReader(io.RawIOBase):
             # A pipe gives what it has, which may be less.
             while len(data) < size and (more := self._stream.read(size - len(data))):
                 data = data + more if data else more
-        self._sha.update(data)
+        self._taken.update(data)
         self.bytes_read += len(data)
         return data
 
     def finish(self) -> tuple[str, int]:
-        """Read what is left; gives digest (``sha256:...``) and size of the whole."""
+        """Read what is left; gives digest (``blake2b:...``) and size of the whole."""
         while self.read(_DRAIN_BYTES):
             pass
-        return f"sha256:{self._sha.hexdigest()}", self.bytes_read
+        return named(self._taken), self.bytes_read
 
     def close(self) -> None:
         """Close the stream, unless it is the standard input."""

@@ -153,6 +153,8 @@ class Batcher:
         self._scheduled = False
         self._timer: Timer | None = None
         self._sweeping = False
+        self._halved = False
+        """Whether jobs of a batch that failed are waiting."""
         self._running_until: dict[int, float] = {}
         self._learned = 0.0
         self.cost = cost or BatchCost()
@@ -297,7 +299,25 @@ class Batcher:
         queue = self._queue
         limit = self._limit()
         now = perf_counter()
-        jobs: list[Job] = []
+        rows = self.queued_rows
+        if rows == len(queue) <= limit and not self._halved:
+            # The usual case, one row each: all of them, if nothing is the matter with any.
+            shapes = queue[0].shapes
+            odd = [
+                job
+                for job in queue
+                if job.deadline < now
+                or job.shapes is not shapes
+                or (job.caller is not None and job.caller.closed)
+            ]
+            if not odd:
+                jobs = list(queue)
+                queue.clear()
+                self.queued_rows = 0
+                for job in jobs:
+                    job.queue_s = now - job.queued
+                return jobs, rows
+        jobs = []
         rows = 0
         taken = 0
         while queue:
@@ -320,6 +340,7 @@ class Batcher:
             jobs.append(job)
             rows += job.rows
         self.queued_rows -= taken
+        self._halved = self._halved and bool(queue)
         return jobs, rows
 
     def _drop(self, error: ParbakeError) -> None:
@@ -364,6 +385,7 @@ class Batcher:
                         _tell(job)
             elif len(jobs) > 1 and not isinstance(outcome.error, RunnerDown | DeadlineExceeded):
                 # One of them is bad: they go again in halves, until only the bad one fails.
+                self._halved = True
                 middle = len(jobs) // 2
                 for half in (jobs[middle:], jobs[:middle]):
                     group = object()

@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import threading
@@ -21,6 +20,7 @@ from typing import Any, Final
 import lmdb
 import msgspec
 
+from parbake.contract.digest import digest_of_file
 from parbake.errors import TableError, TableForeign, TableTooNew, TableTorn
 from parbake.tables.model import DATA, FORMAT, LINEAGE, Lineage, is_sealed
 from parbake.tables.ports import Bytes, Records, as_list
@@ -191,10 +191,10 @@ def _open(folder: Path, lineage: Lineage, bundle_digest: str | None, verify: boo
             )
         if verify:
             with data.open("rb") as handle:
-                actual = hashlib.file_digest(handle, "sha256").hexdigest()
-            if actual != lineage.data_sha256:
+                actual = digest_of_file(handle)
+            if actual != lineage.data_digest:
                 raise TableTorn(
-                    f"{data} has SHA-256 {actual[:12]}..., the lineage says {lineage.data_sha256[:12]}...",
+                    f"{data} has digest {_short(actual)}, the lineage says {_short(lineage.data_digest)}",
                     hint="the file was changed after baking: copy the table again, or bake it again",
                 )
     except OSError as error:

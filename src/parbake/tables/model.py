@@ -45,7 +45,7 @@ class Lineage(Struct, frozen=True, forbid_unknown_fields=True):
     """Name of the file of rows; ``-`` is the standard input."""
     input_format: str
     input_digest: str
-    """``sha256:...`` of the file of rows."""
+    """``blake2b:...`` of the file of rows, 256 bits: ``b2sum -l 256`` gives the same."""
     input_bytes: int
     rows: int
     """Rows of the input that were baked."""
@@ -57,7 +57,8 @@ class Lineage(Struct, frozen=True, forbid_unknown_fields=True):
     created: str
     record: RecordLayout
     data_bytes: int
-    data_sha256: str
+    data_digest: str
+    """``blake2b:...`` of the data file."""
     digest: str = ""
     """SHA-256 over everything else in here, so that an edited lineage is noticed."""
     format: int = FORMAT

@@ -19,12 +19,15 @@ from __future__ import annotations
 
 import struct
 import sys
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
+from parbake.contract.digest import named, new_hash
 from parbake.contract.key import KEY_BYTES
 from parbake.tables.ports import Bytes, Records
 
@@ -39,6 +42,8 @@ _NO_PAGE: Final = (1 << 64) - 1
 # A greater node would be moved to overflow pages: (page - header) / 2 keys, less the node's offset.
 _NODE_MAX: Final = ((PAGE_BYTES - _HEADER) // 2 & -2) - 2
 _WRITE_PAGES: Final = 512
+_CHILDREN: Final = (PAGE_BYTES - _HEADER) // (_NODE + KEY_BYTES + 2)
+_HASHED_LATER: Final = 4
 
 
 def fits(record_bytes: int | None) -> bool:
@@ -48,14 +53,23 @@ def fits(record_bytes: int | None) -> bool:
 
 
 class PageWriter:
-    """Writes the file at ``path``, which must not exist, for records of ``record_bytes`` bytes."""
+    """Writes the file at ``path``, which must not exist, for records of ``record_bytes`` bytes.
 
-    def __init__(self, path: Path, record_bytes: int) -> None:
+    ``likely`` is the number of entries that there will be, as far as one knows: where it turns out right,
+    `digest` of the whole file is known as soon as that is written.
+    """
+
+    def __init__(self, path: Path, record_bytes: int, likely: int | None = None) -> None:
         self._size = record_bytes
         self._node = _node_bytes(record_bytes)
         self._per_page = (PAGE_BYTES - _HEADER) // (self._node + 2)
         self._file = path.open("xb", buffering=0)
         self._file.write(bytes(2 * PAGE_BYTES))
+        self._likely = likely
+        # The meta pages come first and are written last: their number of entries has to be guessed.
+        self._hash = _Hash(self._metas(likely)) if likely is not None else None
+        self.digest = ""
+        """Of the whole file (`parbake.contract.digest`); "" before it is finished, or where ``likely`` was wrong."""
         self._next = 2
         self._entries = 0
         self._keys: list[Bytes] = []
@@ -88,22 +102,21 @@ class PageWriter:
         leaves = self._next - 2
         firsts = np.concatenate(self._firsts) if self._firsts else np.empty((0, KEY_BYTES), np.uint8)
         numbers = np.arange(2, 2 + leaves, dtype=np.uint64)
-        depth = 1 if leaves else 0
         while len(numbers) > 1:
             firsts, numbers = self._branches(firsts, numbers)
-            depth += 1
-        branches = self._next - 2 - leaves
-        root = int(numbers[0]) if leaves else _NO_PAGE
+        if self._hash is not None:
+            digest, self._hash = self._hash.finish(), None
+            self.digest = digest if self._entries == self._likely else ""
         self._file.seek(0)
-        self._write(
-            self._meta(0, depth=0, branches=0, leaves=0, entries=0, root=_NO_PAGE, last=1)
-            + self._meta(1, depth, branches, leaves, self._entries, root, self._next - 1)
-        )
+        self._write(self._metas(self._entries))
         self._file.close()
         return self._entries
 
     def abandon(self) -> None:
         """Close the file as it is."""
+        if self._hash is not None:
+            self._hash.finish()
+            self._hash = None
         self._file.close()
 
     def _leaves(self, *, last: bool) -> None:
@@ -136,7 +149,7 @@ class PageWriter:
         heads[:, 6:] = np.frombuffer(struct.pack("<H", KEY_BYTES), np.uint8)
         start = self._next
         starts: list[int] = []
-        for first, stop, per_page in _fair(len(children), (PAGE_BYTES - _HEADER) // (_NODE + KEY_BYTES + 2)):
+        for first, stop, per_page in _fair(len(children), _CHILDREN):
             starts += range(first, stop, per_page)
             nothing = np.empty((stop - first, 0), np.uint8)
             self._pages(heads[first:stop], firsts[first:stop], nothing, per_page, _BRANCH)
@@ -170,21 +183,71 @@ class PageWriter:
         self._write(pages)
         self._next += count
 
+    def _metas(self, entries: int) -> bytes:
+        """Both meta pages of a file with that many entries: an empty one, and the one that counts."""
+        leaves = -(-entries // self._per_page)
+        depth = 1 if leaves else 0
+        branches, level = 0, leaves
+        while level > 1:
+            level = sum((stop - first) // per_page for first, stop, per_page in _fair(level, _CHILDREN))
+            branches += level
+            depth += 1
+        pages = 2 + leaves + branches
+        return self._meta(
+            0, depth=0, branches=0, leaves=0, entries=0, root=_NO_PAGE, last=1, pages=pages
+        ) + self._meta(
+            1, depth, branches, leaves, entries, pages - 1 if leaves else _NO_PAGE, pages - 1, pages
+        )
+
     def _meta(
-        self, number: int, depth: int, branches: int, leaves: int, entries: int, root: int, last: int
+        self,
+        number: int,
+        depth: int,
+        branches: int,
+        leaves: int,
+        entries: int,
+        root: int,
+        last: int,
+        pages: int,
     ) -> bytes:
         page = struct.pack("<QHHHH", number, 0, _META, 0, 0)
-        page += struct.pack("<IIQQ", _MAGIC, _VERSION, 0, self._next * PAGE_BYTES)
+        page += struct.pack("<IIQQ", _MAGIC, _VERSION, 0, pages * PAGE_BYTES)
         page += struct.pack("<IHHQQQQQ", PAGE_BYTES, _INTEGER_KEY, 0, 0, 0, 0, 0, _NO_PAGE)
         page += struct.pack("<IHHQQQQQ", 0, 0, depth, branches, leaves, 0, entries, root)
         page += struct.pack("<QQ", last, number)
         return page.ljust(PAGE_BYTES, b"\0")
 
     def _write(self, data: bytes | Bytes) -> None:
+        if self._hash is not None:
+            self._hash.update(data)
         # A raw file may take less than it is given, when the disk is nearly full.
         view = memoryview(data if isinstance(data, bytes) else data.data).cast("B")
         while len(view):
             view = view[self._file.write(view) :]
+
+
+class _Hash:
+    """A digest in a thread of its own, over what is given in order; what is given must not be changed."""
+
+    def __init__(self, start: bytes) -> None:
+        self._taken = new_hash(start)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checksum")
+        self._waiting: deque[Future[None]] = deque()
+
+    def update(self, data: bytes | Bytes) -> None:
+        """Take some bytes in; waits where too much waits already."""
+        if len(self._waiting) >= _HASHED_LATER:
+            self._waiting.popleft().result()
+        self._waiting.append(
+            self._pool.submit(self._taken.update, data if isinstance(data, bytes) else data.data)
+        )
+
+    def finish(self) -> str:
+        """The digest of all; nothing can be added any more."""
+        self._pool.shutdown()
+        for late in self._waiting:
+            late.result()
+        return named(self._taken)
 
 
 def _fair(count: int, most: int) -> list[tuple[int, int, int]]:

@@ -88,7 +88,7 @@ class FrontProcess:
         )
         router = self._router = Router(self.front, settings, access)
         self._site = Site(
-            router, limits, self._loop, connections=self._connections, refused=self.front.refuse
+            router.answer, limits, self._loop, connections=self._connections, refused=self.front.refuse
         )
 
     async def _listen(self) -> None:

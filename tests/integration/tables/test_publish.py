@@ -33,7 +33,7 @@ LAYOUT = layout_of(
 def _lineage(built: Built, bundle: str = BUNDLE) -> Lineage:
     return Lineage(
         bundle, "c", "in.csv", "csv", "sha256:b", 10, built.keys, built.keys, 0, 0, "2026-01-01T00:00:00+00:00",
-        LAYOUT, built.data_bytes, built.data_sha256,
+        LAYOUT, built.data_bytes, built.data_digest,
     )  # fmt: skip
 
 
@@ -145,7 +145,7 @@ def _write(text: str) -> Callable[[Path], object]:
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], type[TableError], str]] = {
     "cut short": (_truncate, TableTorn, "has 8192 bytes, the lineage says"),
-    "altered": (_alter, TableTorn, "SHA-256"),
+    "altered": (_alter, TableTorn, "has digest blake2b:"),
     "no data": (lambda t: (t / DATA).unlink(), TableTorn, "cannot be read"),
     "no lineage": (lambda t: (t / LINEAGE).unlink(), TableTorn, "no prediction table at"),
     "edited lineage": (_edit(bundle_digest="sha256:x"), TableTorn, "was changed after baking"),

@@ -26,7 +26,7 @@ def test_a_sealed_lineage_survives_the_file_and_an_edited_one_does_not() -> None
     again = msgspec.json.decode(msgspec.json.encode(lineage), type=Lineage)
     assert is_sealed(again)
     assert not is_sealed(_lineage())
-    for change in ({"bundle_digest": "sha256:x"}, {"keys": 3}, {"data_sha256": "11"}):
+    for change in ({"bundle_digest": "sha256:x"}, {"keys": 3}, {"data_digest": "11"}):
         assert not is_sealed(msgspec.structs.replace(lineage, **change))
 
 

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from parbake.contract.digest import digest_of_file
 from parbake.tables.lmdb import LmdbWriter
 from parbake.tables.pages import PageWriter, fits
 from parbake.tables.ports import Bytes, as_list
@@ -45,12 +46,14 @@ def _check(count: int, size: int, seed: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         for kind in ("pages", "library", "copy"):
             (Path(name) / kind).mkdir()
-        pages = PageWriter(Path(name) / "pages" / "data.mdb", size)
+        pages = PageWriter(Path(name) / "pages" / "data.mdb", size, likely=count)
         library = LmdbWriter(Path(name) / "library", 1 << 26)
         for writer in (pages, library):
             for start in range(0, count, 5000):
                 writer.append(keys[start : start + 5000], records[start : start + 5000])
             assert writer.finish() == count
+        with (Path(name) / "pages" / "data.mdb").open("rb") as file:
+            assert pages.digest == digest_of_file(file)
         found, leaves = _walk(Path(name) / "pages")
         assert found == expected
         # Appending in order, LMDB fills its pages just as full.
@@ -83,3 +86,11 @@ def test_records_of_another_size_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="shape"):
         writer.append(keys, records)
     writer.abandon()
+
+
+def test_a_wrong_guess_of_the_number_of_entries_gives_no_digest(tmp_path: Path) -> None:
+    keys, records = _entries(500, 5, seed=1)
+    writer = PageWriter(tmp_path / "data.mdb", 5, likely=501)
+    writer.append(keys, records)
+    assert writer.finish() == 500
+    assert writer.digest == ""

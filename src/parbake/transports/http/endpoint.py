@@ -36,7 +36,7 @@ class PredictionEndpoint:
         self._max_body_bytes = max_body_bytes
         self._answered = served.stats.answered
 
-    def __call__(self, exchange: Exchange) -> None:
+    def answer(self, exchange: Exchange) -> None:
         """Handle one request; the reply is written now or later."""
         served = self._served
         headers = exchange.headers

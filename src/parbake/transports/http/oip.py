@@ -147,6 +147,9 @@ class InferCodec:
         self._reply_length = len(frame) - len(self._one_row_outputs)
         # "%" in a name must not be taken for a place to fill.
         self._reply_form = OK_JSON.replace(b"%b", frame.replace(b"%", b"%%").replace(b"\0", b"%b"))
+        before, _, self._reply_end = frame.partition(b"\0")
+        self._reply_starts = _Starts(OK_JSON.replace(b"%b", before.replace(b"%", b"%%")), self._reply_length)
+        """With one output: all before the values, by their length."""
 
     # The short way ---------------------------------------------------------------------------------
 
@@ -201,7 +204,7 @@ class InferCodec:
         if self._one_output and not request_id:
             text = self._encode(values)[1:-1]
             if b"null" not in text:
-                return self._reply_form % (self._reply_length + len(text), text)
+                return self._reply_starts[len(text)] + text + self._reply_end
         parts: list[bytes] = [self._head, self._id(request_id)]
         at = 0
         for start, count in zip(self._one_row_outputs, self._elements, strict=True):
@@ -226,9 +229,10 @@ class InferCodec:
                 return None
             # Lists of numbers: what stands between two rows can stand nowhere else.
             texts.append(encoded[2:-2].split(b"],["))
-        form, length = self._reply_form, self._reply_length
         if len(texts) == 1:
-            return [form % (length + len(text), text) for text in texts[0]]
+            starts, end = self._reply_starts, self._reply_end
+            return [starts[len(text)] + text + end for text in texts[0]]
+        form, length = self._reply_form, self._reply_length
         return [form % (length + sum(map(len, row)), *row) for row in zip(*texts, strict=True)]
 
     def _id(self, request_id: str) -> bytes:
@@ -359,6 +363,19 @@ class InferCodec:
         if not blobs:
             return head, None
         return b"".join((head, *blobs)), len(head)
+
+
+class _Starts(dict[int, bytes]):
+    """The beginning of a reply by the length of its values, made when it is first needed."""
+
+    def __init__(self, form: bytes, length: int) -> None:
+        super().__init__()
+        self._form = form
+        self._length = length
+
+    def __missing__(self, size: int) -> bytes:
+        start = self[size] = self._form % (self._length + size)
+        return start
 
 
 def flatten(values: list[Any], shape: Sequence[int], path: str) -> tuple[list[Any], Sequence[str]]:

@@ -7,13 +7,11 @@ which answers it or says what is wrong.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from hashlib import blake2b
+from collections.abc import Sequence
 from time import perf_counter, time
 from typing import Any, Final, cast
 
-from parbake.contract.key import KEY_BYTES, key_of
-from parbake.contract.tensors import Shape
+from parbake.contract.key import key_of
 from parbake.contract.where import JOINED, MODEL
 from parbake.errors import ParbakeError
 from parbake.logs import log
@@ -21,12 +19,10 @@ from parbake.runtime.batcher import Job, Outcome
 from parbake.serving.service import ServedVersion
 from parbake.serving.stats import FOLD_AT
 from parbake.transports.http.endpoint import PredictionEndpoint
+from parbake.transports.http.memo import ReplyMemo
 from parbake.transports.http.oip import InferCodec
 from parbake.transports.http.protocol import Exchange
 
-_MEMO_BODIES: Final = 8192
-_MEMO_BODY_BYTES: Final = 2048
-_MARKS: Final = 16384
 _IN_A_ROW: Final = 32
 """Most replies that wait for the end of a turn."""
 
@@ -34,7 +30,9 @@ _IN_A_ROW: Final = 32
 class OneRowEndpoint(PredictionEndpoint):
     """A `PredictionEndpoint` with the short way in front."""
 
-    def __init__(self, served: ServedVersion, codec: InferCodec, max_body_bytes: int) -> None:
+    def __init__(
+        self, served: ServedVersion, codec: InferCodec, max_body_bytes: int, memo: ReplyMemo
+    ) -> None:
         super().__init__(served, codec, max_body_bytes)
         self._read_row = codec.read_row
         self._write_row = codec.write_row
@@ -50,56 +48,61 @@ class OneRowEndpoint(PredictionEndpoint):
         self._logs = served.recorder is not None and self._note_key is None
         self._keeps_inputs = served.recorder is not None and served.recorder.wants_inputs
         self._run = served.batcher.submit if served.batcher is not None and served.mode != "static" else None
-        self._replies: dict[bytes, tuple[bytes, bytes, bytes]] = {}
-        """Key, record and reply of bodies that the table answered: the same bytes have the same key."""
-        self._marks = bytearray(_MARKS)
-        """A byte of the hash of each body that was lately here."""
+        self._memo = memo
+        self._replies = memo.shelf()
+        """Of bodies that the table answered."""
+        self._rereads = self._get is not None and not self._keeps_inputs
         self._baked: list[tuple[Exchange, bytes, float, bytes, bytes]] = []
         """Replies of this turn of the loop, when their requests had been read, keys and records."""
         self._shapes = (served.contract.inputs[0].shape,)
 
-    def __call__(self, exchange: Exchange) -> None:
+    def answer(self, exchange: Exchange) -> None:
         """Handle one request; the reply is written now or later."""
+        if not (exchange.head.plain and exchange.keep_alive):
+            super().answer(exchange)
+            return
         body = exchange.body
         get = self._get
-        known = self._replies.get(body)
-        if (
-            known is not None
-            and get is not None
-            and exchange.head.plain
-            and exchange.keep_alive
-            and not self._keeps_inputs
-        ):
-            # The table is asked every time; only reading the body and writing the reply are spared.
-            key, baked, reply = known
-            if get(key) == baked:
-                self._answer(exchange, reply, perf_counter(), key, baked)
-                return
-        row = self._read_row(body) if exchange.head.plain and exchange.keep_alive else None
+        if self._rereads and get is not None:
+            known = self._replies.get(body)
+            if known is not None:
+                # The table is asked every time; only reading the body and writing the reply are spared.
+                key, baked, reply = known
+                if get(key) == baked:
+                    self._answer(exchange, reply, perf_counter(), key, baked)
+                    return
+        row = self._read_row(body)
         if row is None:
-            super().__call__(exchange)
+            super().answer(exchange)
             return
         raw, request_id = row
         parsed = perf_counter()
         key = b""
         if get is not None:
-            key = blake2b(raw, digest_size=KEY_BYTES).digest()
+            key = key_of(raw)
             record = get(key)
             if record is not None:
                 reply = self._write_row(record, request_id)
                 if self._keeps_inputs:
                     self._note(exchange, key, self._served.where_baked(key), (raw,), record)
                 self._answer(exchange, reply, parsed, key, record)
-                if not request_id and len(body) <= _MEMO_BODY_BYTES and self._seen_before(body):
-                    if len(self._replies) >= _MEMO_BODIES:
-                        self._replies.clear()
-                    self._replies[body] = (key, record, reply)
+                if not request_id and self._rereads:
+                    self._memo.offer(self._replies, body, (key, record, reply))
                 return
         if self._run is None or self._served.closed:
-            super().__call__(exchange)
+            super().answer(exchange)
             return
-        job = _Row(raw, self._shapes, exchange, self._served.deadline_s, self._done, request_id, parsed)
-        if not request_id:
+        job = _Row()
+        job.raws = (raw,)
+        job.shapes = self._shapes
+        job.deadline = exchange.arrived + self._served.deadline_s
+        job.done = self._done
+        job.caller = exchange.protocol
+        job.exchange = exchange
+        job.queued = parsed
+        if request_id:
+            job.request_id = request_id
+        else:
             job.together = self._together
         try:
             if self._flights is not None:
@@ -108,15 +111,6 @@ class OneRowEndpoint(PredictionEndpoint):
                 self._run(job)
         except ParbakeError as error:
             self._fail(exchange, error)
-
-    def _seen_before(self, body: bytes) -> bool:
-        """Whether the body was lately here already: to keep those that come only once costs more than it saves."""
-        mark = hash(body)
-        place, mark = mark % _MARKS, mark // _MARKS & 0xFF
-        if self._marks[place] == mark:
-            return True
-        self._marks[place] = mark
-        return False
 
     def _note(self, exchange: Exchange, key: bytes, where: int, raws: Sequence[bytes], record: bytes) -> None:
         recorder = self._recorder
@@ -224,28 +218,16 @@ class OneRowEndpoint(PredictionEndpoint):
 
 
 class _Row(Job):
-    """One row on its way through the model, and whom to answer."""
+    """One row on its way through the model, and whom to answer. Whoever makes one sets the attributes of `Job`.
 
-    def __init__(
-        self,
-        raw: bytes,
-        shapes: tuple[Shape, ...],
-        exchange: Exchange,
-        deadline_s: float,
-        done: Callable[[_Row], None],
-        request_id: str,
-        parsed: float,
-    ) -> None:
-        # As in Job, without the call: this is made a hundred thousand times a second.
-        self.raws = (raw,)
-        self.rows = 1
-        self.shapes = shapes
-        self.deadline = exchange.arrived + deadline_s
-        self.done = done  # type: ignore[assignment]  # it is called with this very row
-        self.caller = exchange.protocol
-        self.exchange = exchange
-        self.request_id = request_id
-        self.queued = parsed
+    The call of an ``__init__`` would be a twentieth of what the whole request costs.
+    """
+
+    rows = 1
+    request_id = ""
+    exchange: Exchange
+
+    __init__ = object.__init__
 
 
 def _rows_of(raw: bytes, rows: int) -> list[bytes]:
@@ -253,8 +235,10 @@ def _rows_of(raw: bytes, rows: int) -> list[bytes]:
     return [raw[at : at + size] for at in range(0, rows * size, size)]
 
 
-def endpoint(served: ServedVersion, codec: InferCodec, max_body_bytes: int) -> PredictionEndpoint:
+def endpoint(
+    served: ServedVersion, codec: InferCodec, max_body_bytes: int, memo: ReplyMemo
+) -> PredictionEndpoint:
     """The quickest endpoint that a version's contract allows."""
     if codec.has_short_way:
-        return OneRowEndpoint(served, codec, max_body_bytes)
+        return OneRowEndpoint(served, codec, max_body_bytes, memo)
     return PredictionEndpoint(served, codec, max_body_bytes)

@@ -98,20 +98,19 @@ _MEMO_HEAD_BYTES: Final = 1024
 
 
 class Exchange:
-    """One request and the place for its reply. `reply` (or `reply_json`) must be called exactly once."""
+    """One request and the place for its reply. `reply` (or `reply_json`) must be called exactly once.
 
-    __slots__ = ("arrived", "body", "head", "keep_alive", "place", "protocol")
+    Made a hundred thousand times a second, so there is no ``__init__`` to call: whoever makes one sets what is
+    not the default.
+    """
 
-    def __init__(
-        self, protocol: HttpProtocol, place: int, head: Head, arrived: float, body: bytes = b""
-    ) -> None:
-        self.protocol = protocol
-        self.place = place
-        self.head = head
-        self.arrived = arrived
-        """When the first byte was read, on the clock of `time.perf_counter`."""
-        self.body = body
-        self.keep_alive = True
+    protocol: HttpProtocol
+    place: int
+    head: Head
+    arrived: float
+    """When the first byte was read, on the clock of `time.perf_counter`."""
+    body = b""
+    keep_alive = True
 
     @property
     def method(self) -> bytes:
@@ -190,8 +189,8 @@ class Exchange:
 class Site:
     """What all connections of one listening socket share.
 
-    ``heads`` remembers parsed heads by their bytes: a client on a kept connection sends the same head again
-    and again, and a head that is equal to the byte means the same.
+    ``heads`` remembers parsed heads by their bytes, to the end of the empty line: a client on a kept connection
+    sends the same head again and again, and a head that is equal to the byte means the same.
     """
 
     handler: Handler
@@ -226,9 +225,9 @@ class HttpProtocol(asyncio.Protocol):
 
     __slots__ = (
         "_arrived", "_backlog", "_body", "_body_bytes", "_early", "_ended", "_exchange", "_feeding", "_handler",
-        "_head", "_head_bytes", "_header_count", "_heads", "_held", "_in_head", "_in_trailer", "_last", "_limits",
-        "_moved", "_next_out", "_next_place", "_parser", "_partial_bytes", "_plain", "_reading", "_site", "_torn",
-        "_transport", "_unsent", "_url", "_whole", "_writable", "_write",
+        "_head", "_head_bytes", "_head_end", "_header_count", "_heads", "_held", "_in_head", "_in_trailer",
+        "_last", "_limits", "_moved", "_next_out", "_next_place", "_parser", "_partial_bytes", "_plain",
+        "_reading", "_site", "_torn", "_transport", "_unsent", "_url", "_whole", "_writable", "_write",
         "closed", "closing", "peer",
     )  # fmt: skip
 
@@ -252,6 +251,8 @@ class HttpProtocol(asyncio.Protocol):
         self._partial_bytes = 0
         """Bytes read since the last whole header."""
         self._header_count = 0
+        self._head_end = 0
+        """Length of the last head that was looked up."""
         self._body: list[bytes | bytearray] = []
         self._body_bytes = 0
         self._url = b""
@@ -335,14 +336,22 @@ class HttpProtocol(asyncio.Protocol):
         """Bytes of one or more requests."""
         now = perf_counter()
         if self._plain:
-            # The usual case: one whole request, with a head that has been seen before.
-            end = data.find(b"\r\n\r\n")
+            # The usual case: one whole request, with a head that has been seen before, as long as the last one.
+            end = self._head_end
             head = self._heads.get(data[:end])
-            if head is not None and len(data) == end + 4 + head.length and end > 0:
+            if head is None:
+                end = self._head_end = data.find(b"\r\n\r\n") + 4
+                head = self._heads.get(data[:end])
+            if head is not None and len(data) == end + head.length:
                 self._last = now
                 place = self._next_place
                 self._next_place = place + 1
-                exchange = Exchange(self, place, head, now, data[end + 4 :])
+                exchange = Exchange()
+                exchange.protocol = self
+                exchange.place = place
+                exchange.head = head
+                exchange.arrived = now
+                exchange.body = data[end:]
                 if self._site.draining:
                     exchange.keep_alive = False
                     self._close_soon()
@@ -386,8 +395,8 @@ class HttpProtocol(asyncio.Protocol):
             # Empty lines between requests are no sign of life.
             self._last = now
         if fresh and self._whole == 1 and self._exchange is None:
-            end = data.find(b"\r\n\r\n")
-            if end > 0 and len(data) == end + 4 + self._head.length and b"expect" not in self._head.headers:
+            end = data.find(b"\r\n\r\n") + 4
+            if end > 4 and len(data) == end + self._head.length and b"expect" not in self._head.headers:
                 self._site.remember(data[:end], self._head)
         if (self._in_head or self._in_trailer) and self._head is unfinished:
             # The parser keeps what is not a whole header yet.
@@ -432,8 +441,14 @@ class HttpProtocol(asyncio.Protocol):
         self._body_bytes = 0
         if self.closing:
             return
-        self._exchange = Exchange(self, self._next_place, self._head, self._arrived)
+        self._exchange = self._begin(self._head)
+
+    def _begin(self, head: Head) -> Exchange:
+        exchange = Exchange()
+        exchange.protocol, exchange.place, exchange.head = self, self._next_place, head
+        exchange.arrived = self._arrived
         self._next_place += 1
+        return exchange
 
     def on_url(self, url: bytes) -> None:
         """The request target, or a piece of it."""
@@ -659,8 +674,7 @@ class HttpProtocol(asyncio.Protocol):
         self._site.refused(error)
         exchange = self._exchange
         if exchange is None:
-            exchange = Exchange(self, self._next_place, Head(), self._arrived)
-            self._next_place += 1
+            exchange = self._begin(Head())
         self._exchange = None
         self._in_head = self._in_trailer = False
         self._body = []
