@@ -19,7 +19,7 @@ import numpy as np
 
 from bench import policies
 from bench.clients import Client
-from bench.load import Load, Measured, put
+from bench.load import Load, Measured, pouring, put
 from bench.machine import this_machine
 from bench.network import packed_network, row_body, rows_of
 from bench.report import Section, Table, Target, at_least
@@ -190,21 +190,18 @@ def _release(
     say("a release under traffic")
     second = packed_network(folder / "second", _LAYERS, rows[:256], seed=8).path
     with serving(bundle, mode="hybrid", workers=1, head_rows=round(_BUDGET * trace.distinct)) as server:
-        asking = threading.Thread(
-            target=_put, args=(server, bodies, trace.keys, 3 * seconds + max(6.0, 3 * seconds), 8)
-        )
-        asking.start()
         samples: list[tuple[float, float, float]] = []
         over = threading.Event()
         watching = threading.Thread(target=_watch, args=(server, samples, over))
-        watching.start()
-        time.sleep(3 * seconds)
-        took_s = admin.reload([Change(bundle=str(second))], port=server.port).seconds
-        swapped = time.monotonic()
-        time.sleep(1.5)
-        over.set()
-        watching.join()
-        asking.join()
+        load = Load(server.port, _PATH, bodies, trace.keys, 8, seconds=3600.0, warm_up_s=0.2)
+        with pouring(load):
+            watching.start()
+            time.sleep(3 * seconds)
+            took_s = admin.reload([Change(bundle=str(second))], port=server.port).seconds
+            swapped = time.monotonic()
+            time.sleep(1.5)
+            over.set()
+            watching.join()
     coverage_before = _covered(samples, swapped - 1, swapped)
     coverage_after = _covered(samples, swapped, swapped + 1)
     ratio = coverage_after / coverage_before if coverage_before else 0.0

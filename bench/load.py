@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import math
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from itertools import cycle
 from typing import Any, Final, TypeAlias
 
@@ -73,6 +75,27 @@ class Measured(Struct, frozen=True):
     def requests_per_s(self) -> float:
         """Replies per second in the window."""
         return self.requests / self.seconds
+
+
+@contextmanager
+def pouring(load: Load) -> Iterator[None]:
+    """Keep a load on while the block runs, ``load.seconds`` at most. Raises RuntimeError where a request failed."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bench.load"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert process.stdin is not None
+        process.stdin.write(msgspec.msgpack.encode(load))
+        process.stdin.close()
+        yield
+        process.terminate()
+        assert process.stdout is not None
+        found = msgspec.msgpack.decode(process.stdout.read(), type=Measured)
+        if found.failed or found.wrong:
+            raise RuntimeError(f"{found.failed + found.wrong} failures; first: {found.complaint}")
+    finally:
+        process.kill()
+        process.wait()
 
 
 def put(load: Load) -> Measured:
@@ -234,7 +257,10 @@ async def _drive(load: Load) -> Measured:
     await asyncio.sleep(load.warm_up_s)
     run.latencies.clear()
     started, busy = time.perf_counter(), time.process_time()
-    await asyncio.sleep(load.seconds)
+    stop = asyncio.Event()
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    with suppress(TimeoutError):
+        await asyncio.wait_for(stop.wait(), load.seconds)
     seconds, busy = time.perf_counter() - started, time.process_time() - busy
     latencies, run.latencies = run.latencies, []
     run.stopping = True

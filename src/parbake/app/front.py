@@ -54,7 +54,7 @@ from parbake.serving.defaults import default_record
 from parbake.serving.head import Head
 from parbake.serving.service import ServedVersion
 from parbake.serving.stats import Stats
-from parbake.serving.warm import Warmer, succeed
+from parbake.serving.warm import Handover, Warmer, takes
 from parbake.settings import ServerSettings
 
 _INLINE_BYTES: Final = 64 * 1024 * 1024
@@ -332,17 +332,19 @@ class Front:
         same = [old for old in before if old.entry.version == entry.version]
         if slot.warmer is None or not before:
             return
-        started = time.monotonic()
-        items = await succeed(slot.served, (same or before)[-1].served)
-        if not items:
+        served, old = slot.served, (same or before)[-1].served
+        if served.head is None or old.head is None or not takes(served.contract, old.contract):
             return
-        done = await slot.warmer.before_traffic(items, entry.warm_s)
+        started = time.monotonic()
+        handover = Handover(served, served.head, old.head, same_bundle=served.digest == old.digest)
+        share = await slot.warmer.before_traffic(handover, entry.warm_s)
         log().info(
-            "head.warmed" if done else "head.partly_warmed",
+            "head.warmed",
             deployment=entry.name,
             version=entry.version,
-            rows=slot.warmer.baked,
-            of=len(items),
+            rows=served.head.rows,
+            baked=slot.warmer.baked,
+            share_of_hits=round(share, 3),
             ms=round((time.monotonic() - started) * 1000),
         )
 

@@ -251,14 +251,31 @@ class Head:
         """Whether a record is held (without counting as a request)."""
         return key in self._records
 
-    def hottest(self) -> list[tuple[bytes, Row]]:
-        """All keys that are held, with their rows, the likeliest to be asked for first."""
+    def hottest(self) -> Iterator[tuple[bytes, Row, float]]:
+        """Keys that are held, with row and hazard, the likeliest to be asked for first.
+
+        Between one and the next the head may go on: a key that it has dropped meanwhile is left out.
+        """
         self.settle()
         if not self._held:
-            return []
+            return
         places = np.frombuffer(self._held, dtype=np.int64).copy()
-        order = places[np.argsort(-self._scores(places)[0], kind="stable")]
-        return [(key, self._rows[key]) for key in (self._names[place] for place in order.tolist())]
+        scores = self._scores(places)[0]
+        order = np.argsort(-scores, kind="stable")
+        for place, score in zip(places[order].tolist(), scores[order].tolist(), strict=True):
+            key = self._names[place]
+            row = self._rows.get(key)
+            if row is not None:
+                yield key, row, score
+
+    def held(self) -> list[bytes]:
+        """The keys that are held."""
+        return list(self._records)
+
+    def drop(self, key: bytes) -> None:
+        """Hold the record of a key no longer; what is known of the key stays."""
+        if key in self._records:
+            self._drop(key)
 
     def take_over(self, other: Head) -> Iterator[None]:
         """Learn from another head what it knows of the traffic, in steps that each take well below a millisecond.
@@ -275,8 +292,10 @@ class Head:
         self._census_was = other._census_was
         yield
         for number, (key, place) in enumerate(list(other._places.items())):
-            if key not in self._places and len(self._names) < self._most_known:
+            mine = self._places.get(key)
+            if mine is None and len(self._names) < self._most_known:
                 mine = self._place(key)
+            if mine is not None:
                 self._count[mine] = other._count[place]
                 # The other one goes on counting in between.
                 self._last[mine] = min(other._last[place], self._now)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from itertools import islice
 from typing import Final
 
 from parbake.contract.model import Contract
@@ -20,6 +20,10 @@ _LEFT_S: Final = 30.0
 """Deadline of such rows."""
 _STEP: Final = 500
 """Rows that are handled at once while requests are answered."""
+_ENOUGH: Final = 0.98
+"""Share of the hits of the head before at which a version may take traffic."""
+_PASS_S: Final = 0.5
+"""How long is baked before what is missing is looked up again."""
 _GIVE_UP_AFTER: Final = 3
 """Slices in a row of which no row could be computed."""
 
@@ -33,35 +37,59 @@ def takes(contract: Contract, other: Contract) -> bool:
     ]
 
 
-async def succeed(served: ServedVersion, before: ServedVersion) -> list[Item]:
-    """Give a version what the one before it knows of the traffic; gives the rows to bake, the hottest first.
+class Handover:
+    """What a version that takes over learns from the one before it, while that goes on answering.
 
-    Where both are the same bundle the records go over as they are, and nothing is left to bake.
+    Everything is done in steps, between which requests are answered.
     """
-    head, old = served.head, before.head
-    if head is None or old is None or not takes(served.contract, before.contract):
-        return []
-    # Requests are answered in between: each step is short.
-    for _ in head.take_over(old):
-        await asyncio.sleep(0)
-    items = old.hottest()
-    if served.digest != before.digest:
-        # The same rows have the same keys as long as the contract makes keys in the same way.
-        renamed: list[Item] = []
-        for number, (_, row) in enumerate(items):
-            renamed.append((served.head_key(row), row))
+
+    def __init__(self, served: ServedVersion, head: Head, old: Head, *, same_bundle: bool) -> None:
+        self._served = served
+        self._head = head
+        self._old = old
+        self.same_bundle = same_bundle
+
+    async def learn(self) -> None:
+        """Take over what is known of the traffic."""
+        for _ in self._head.take_over(self._old):
+            await asyncio.sleep(0)
+
+    async def copy(self) -> None:
+        """Take over the records as they are: for two versions of the same bundle."""
+        # In the order of baking, in which they stop being fresh.
+        held = sorted((self._old.baked_at(key) or 0.0, key, row) for key, row, _ in self._old.hottest())
+        for number, (_, key, row) in enumerate(held):
+            record = self._old.find(key)
+            if record is not None:
+                self._head.warm(key, row, record, self._old.baked_at(key))
             if not number % _STEP:
                 await asyncio.sleep(0)
-        return renamed
-    # In the order of baking, in which they stop being fresh.
-    held = [(old.baked_at(key) or 0.0, key, row) for key, row in items]
-    for number, (_, key, row) in enumerate(sorted(held, key=lambda item: item[0])):
-        record = old.find(key)
-        if record is not None:
-            head.warm(key, row, record, old.baked_at(key))
-        if not number % _STEP:
-            await asyncio.sleep(0)
-    return []
+
+    async def missing(self) -> tuple[list[Item], float]:
+        """The rows that the old head holds now and the new one does not, the hottest first, and its share.
+
+        The share is that of the old head's hits which the new one would have too. What the old one has dropped
+        meanwhile is dropped here, to make room.
+        """
+        head = self._head
+        found: list[Item] = []
+        held: set[bytes] = set()
+        there = whole = 0.0
+        for number, (_, row, score) in enumerate(islice(self._old.hottest(), head.most_rows)):
+            # The same rows have other keys where the contracts make keys in different ways.
+            key = self._served.head_key(row)
+            held.add(key)
+            whole += score
+            if head.holds(key):
+                there += score
+            else:
+                found.append((key, row))
+            if number % _STEP == _STEP - 1:
+                await asyncio.sleep(0)
+        for key in head.held():
+            if key not in held:
+                head.drop(key)
+        return found, there / whole if whole else 1.0
 
 
 class Warmer:
@@ -77,20 +105,38 @@ class Warmer:
         self.waiting: list[Item] = []
         """Rows still to be baked, the hottest last."""
 
-    async def before_traffic(self, items: Sequence[Item], longest_s: float) -> bool:
-        """Bake what fits the budget before the version takes traffic; says whether all of it was.
+    async def before_traffic(self, handover: Handover, longest_s: float) -> float:
+        """Bake what the head before it holds; gives the share of that head's hits which this one has too.
 
-        What is not done in ``longest_s`` is done later, in idle moments.
+        The traffic moves on meanwhile, so what is missing is looked up again and again, and the hottest of it
+        comes first. What is not done in ``longest_s`` is done later, in idle moments.
         """
-        self.waiting = list(items[: self._head.most_rows][::-1])
         until = time.monotonic() + longest_s
-        while self.waiting and time.monotonic() < until:
-            started = time.monotonic()
-            if not await self._slice(fresh=True):
+        if handover.same_bundle:
+            await handover.copy()
+        while True:
+            looked = time.monotonic()
+            missing, share = await handover.missing()
+            now = time.monotonic()
+            self.waiting = missing[::-1]
+            held = self._head.rows
+            if share >= _ENOUGH or not missing or now >= until:
                 break
+            await self._bake_for(min(until - now, max(_PASS_S, 10 * (now - looked))))
+            if self._head.rows == held:
+                # Nothing more fits, or the model answers none of them.
+                break
+        await handover.learn()
+        return share
+
+    async def _bake_for(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while self.waiting:
+            started = time.monotonic()
+            if started >= until or not await self._slice(fresh=True):
+                return
             # The version in force has the same processors: leave it half of the time.
             await asyncio.sleep(time.monotonic() - started)
-        return not self.waiting
 
     async def when_idle(self, longest_s: float, within_s: float) -> None:
         """Use idle moments for at most ``longest_s`` seconds.
