@@ -120,6 +120,20 @@ def test_a_new_table_and_another_mode_take_over_without_a_failed_request(tmp_pat
         assert set(factors(caller)) == {2}
 
 
+def test_who_changes_the_mode_changes_nothing_else(tmp_path: Path) -> None:
+    bundle = write_scaled(tmp_path / "scaled.bundle", 2)
+    with serving(bundle.path) as server, calling(server.url, *ASKED) as callers:
+        write_scaled(tmp_path / "scaled.bundle", 3, replace=True)
+        with pytest.raises(Conflict) as caught:
+            reload(server, name="scaled", mode="hybrid")
+        assert "parbake reload" in caught.value.hint
+        callers[0].wait(5)
+        assert set(factors(callers[0])) == {2}
+        reload(server)
+        reload(server, name="scaled", mode="hybrid")
+        assert client.status(port=server.port).versions[0].mode == "hybrid"
+
+
 def test_bundle_and_table_change_together(tmp_path: Path) -> None:
     old = write_scaled(tmp_path / "old.bundle", 2)
     new = write_scaled(tmp_path / "new.bundle", 5)

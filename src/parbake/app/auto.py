@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import sys
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 import msgspec
 from msgspec import Struct
 
-from parbake.advisor.model import Costs
+from parbake.advisor.model import Costs, Prediction
 from parbake.errors import NotReady
 from parbake.monitoring.model import Traffic
 from parbake.settings import Mode, Placement
 
 ENOUGH_REQUESTS: Final = 1000
 """Rows that must have come since the last time before the advisor is asked."""
+
+ALL: Final = 0.999
+"""Share of the rows that a table must have answered before auto leaves all of them to it."""
 
 _AGREEING: Final = 2
 """How often in a row the advisor must say the same before it is followed."""
@@ -29,6 +35,8 @@ between the two changes nothing."""
 _FOLLOWED: Final = 2000
 """Requests that are followed through the queues for each way: medians need no more."""
 _LONGEST_S: Final = 300.0
+_END_S: Final = 5.0
+"""How long it may take to end."""
 _LESS_URGENT: Final = 10
 """Niceness of the process that measures: requests go first."""
 
@@ -43,6 +51,7 @@ class Question(Struct, frozen=True):
     """In force."""
     head_rows: int
     may_be_static: bool
+    """Whether the table has been seen to answer nearly everything."""
     deadline_ms: float
     placement: Placement
     allow_pickle: bool
@@ -68,8 +77,17 @@ class Pilot:
         self.digest = ""
         self.asked_at = 0
         """Rows that had come when the advisor was asked last."""
+        self.counted: tuple[int, int] = (0, 0)
+        """Rows answered until then, and those of them from the table."""
         self._said: Mode | None = None
         self._times = 0
+
+    def table_share(self, rows: int, from_table: int) -> float:
+        """Share of the rows since the last call that the table answered; 0 where too few came to tell."""
+        before_rows, before_from_table = self.counted
+        self.counted = (rows, from_table)
+        came = rows - before_rows
+        return (from_table - before_from_table) / came if came >= ENOUGH_REQUESTS else 0.0
 
     def hear(self, now: Mode, advised: Advised) -> bool:
         """Take advice in; says whether to follow it."""
@@ -96,6 +114,8 @@ async def ask(question: Question) -> Advised:
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
+        # It starts a server to measure with: both are ended together.
+        start_new_session=True,
     )
     try:
         said, words = await asyncio.wait_for(process.communicate(msgspec.json.encode(question)), _LONGEST_S)
@@ -103,8 +123,15 @@ async def ask(question: Question) -> Advised:
         raise NotReady(f"the advisor took more than {_LONGEST_S:g} s") from error
     finally:
         if process.returncode is None:
-            process.kill()
-            await process.wait()
+            # Asked first, so that it removes its files.
+            with suppress(ProcessLookupError):
+                process.send_signal(signal.SIGINT)
+            try:
+                await asyncio.wait_for(process.wait(), _END_S)
+            except (TimeoutError, asyncio.CancelledError):
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                await process.wait()
     if process.returncode:
         last = words.decode(errors="replace").strip().rpartition("\n")[2]
         raise NotReady(f"the advisor ended with {process.returncode}: {last[:500]}")
@@ -113,7 +140,7 @@ async def ask(question: Question) -> Advised:
 
 def answer(question: Question) -> Advised:
     """Measure, predict and choose; takes some seconds."""
-    from parbake.advisor.choose import choose, score
+    from parbake.advisor.choose import choose
     from parbake.advisor.model import Load, Prices
     from parbake.advisor.predict import Question as Predicted
     from parbake.advisor.predict import predictions
@@ -146,10 +173,18 @@ def answer(question: Question) -> Advised:
         if option.mode != "static" or question.may_be_static
     ]
     found = choose(options, traffic, costs)
-    now = next((option for option in options if option.mode == question.mode), found.best)
+    return Advised(found.best.mode, gain_over(question.mode, found.best, options), found.reason, costs)
+
+
+def gain_over(mode: Mode, best: Prediction, options: Sequence[Prediction]) -> float:
+    """By how much the best is better than the mode in force; 1 where that does not keep its promises, or may not be."""
+    from parbake.advisor.choose import score
+
+    now = next((option for option in options if option.mode == mode), None)
+    if now is None or (now.refused and not best.refused):
+        return 1.0
     before = score(now)
-    gain = 1 - score(found.best) / before if before > 0 else 0.0
-    return Advised(found.best.mode, gain, found.reason, costs)
+    return 1 - score(best) / before if before > 0 else 0.0
 
 
 def main() -> None:

@@ -86,6 +86,8 @@ class HeadCounts(Struct, frozen=True):
     """Rows baked for which nobody waited."""
     joined: int = 0
     """Rows answered with the answer to an identical one."""
+    from_table: int = 0
+    """Rows answered from the prediction table."""
 
     def plus(self, other: HeadCounts) -> HeadCounts:
         """The sum of both."""

@@ -84,6 +84,8 @@ class Slot:
     backends: list[RunnerBackend] = field(default_factory=list)
     warmer: Warmer | None = None
     recorder: Recorder | None = None
+    idling: asyncio.Task[None] | None = None
+    """Bakes in idle moments."""
 
 
 class Front:
@@ -172,6 +174,9 @@ class Front:
     async def drain(self) -> None:
         """Wait until nothing is pending."""
         self.draining = True
+        for slot in self._slots:
+            if slot.idling is not None:
+                slot.idling.cancel()
         while any(slot.served.pending for slot in self._slots):
             await asyncio.sleep(0.005)
 
@@ -363,14 +368,16 @@ class Front:
                     # In steps, so that requests are answered in between.
                     while head.expire(_STEP) == _STEP or head.settle(_STEP):
                         await asyncio.sleep(0)
-                    freshness_s = slot.served.contract.freshness_s
-                    within_s = 0.0 if freshness_s is None else freshness_s / 5
-                    await warmer.when_idle(_TEND_S / 2, within_s)
                 except Exception:
                     log().exception("head.not_tended", deployment=slot.entry.name)
+                # A model may be slow: nobody else's records get old while it runs.
+                if not self.draining and (slot.idling is None or slot.idling.done()):
+                    slot.idling = self._loop.create_task(_use_idle_time(slot, warmer))
 
     def _expire_in_time(self, slot: Slot) -> None:
         """Answer nothing from the table any more when the contract's freshness ends."""
+        if slot.served.closed:
+            return
         remaining_s = slot.entry.table_expires - time.time()
         if remaining_s > 0:
             # Wall clocks jump: look again now and then, instead of once at the end.
@@ -406,6 +413,11 @@ class Front:
         slots = self._prepared.pop(generation, None)
         if slots is None:
             raise NotReady(f"plan {generation} was not prepared")
+        for slot in slots:
+            # What was baked ahead may have waited for other versions, or other fronts.
+            if slot.served.head is not None:
+                while slot.served.head.expire(_STEP) == _STEP:
+                    await asyncio.sleep(0)
         old, self._slots = self._slots, slots
         self._plan = self._pending_plan
         self._on_change()
@@ -424,6 +436,8 @@ class Front:
         for slot in slots:
             slot.served.closed = True
             slot.served.batcher = None
+            if slot.idling is not None:
+                slot.idling.cancel()
             for backend in slot.backends:
                 backend.close()
             if slot.recorder is not None and self._monitor is not None:
@@ -465,6 +479,14 @@ class Front:
         self.refused[error.code] = self.refused.get(error.code, 0) + 1
 
 
+async def _use_idle_time(slot: Slot, warmer: Warmer) -> None:
+    freshness_s = slot.served.contract.freshness_s
+    try:
+        await warmer.when_idle(_TEND_S / 2, 0.0 if freshness_s is None else freshness_s / 5)
+    except Exception:
+        log().exception("head.not_warmed", deployment=slot.entry.name)
+
+
 def head_counts(slot: Slot) -> HeadCounts | None:
     """What a version's head holds and did; None where nothing is learned."""
     head, flights = slot.served.head, slot.served.flights
@@ -479,6 +501,7 @@ def head_counts(slot: Slot) -> HeadCounts | None:
         head.expired,
         slot.warmer.baked if slot.warmer is not None else 0,
         flights.joined if flights is not None else 0,
+        head.found_below,
     )
 
 

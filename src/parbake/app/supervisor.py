@@ -286,8 +286,13 @@ class Supervisor:
             started = time.perf_counter()
             targets = [replace(target) for target in self._targets]
             old = {(e.name, e.version): e for e in self._plan.entries}
-            only = frozenset([await asyncio.to_thread(self._change, targets, change) for change in changes])
-            await self._apply(await asyncio.to_thread(self._resolve, targets, only=only), targets)
+            named = [await asyncio.to_thread(self._change, targets, change) for change in changes]
+            resolved = await asyncio.to_thread(self._resolve, targets, only=frozenset(named))
+            for name, change in zip(named, changes, strict=True):
+                if change.mode is not None and not change.bundle and change.table is None:
+                    # Who changes the mode changes nothing else.
+                    self._refuse_other_bundles(resolved, name)
+            await self._apply(resolved, targets)
             changed = tuple(
                 f"{e.name}:{e.version}" for e in self._plan.entries if old.get((e.name, e.version)) != e
             )
@@ -335,16 +340,24 @@ class Supervisor:
 
     async def _consider(self, name: str, pilot: Pilot) -> None:
         """Ask the advisor about one deployment, and follow it where the pilot says so."""
-        from parbake.app.auto import ENOUGH_REQUESTS, Question, ask
+        from parbake.app.auto import ALL, ENOUGH_REQUESTS, Question, ask
 
-        entry = next((e for e in reversed(self._plan.entries) if e.name == name), None)
+        target = next(t for t in reversed(self._targets) if t.name == name and t.auto and t.loaded)
+        entry = self._entry(name, target.version)
         report = (await self.traffic()).get(name)
-        if entry is None or report is None or report.traffic.requests < pilot.asked_at + ENOUGH_REQUESTS:
+        if entry is None or report is None:
             return
-        pilot.asked_at = report.traffic.requests
+        requests = report.traffic.requests
+        if requests < pilot.asked_at:
+            # A front was started again, and its profile anew.
+            pilot.asked_at = 0
+        if requests < pilot.asked_at + ENOUGH_REQUESTS:
+            return
+        pilot.asked_at = requests
+        share = pilot.table_share(*await self._answered(entry))
         if pilot.digest != entry.digest:
             pilot.digest, pilot.costs = entry.digest, None
-        settings = next(t.settings for t in self._targets if t.name == name)
+        settings = target.settings
         contract = self._bundles[(entry.name, entry.version)].contract
         advised = await ask(
             Question(
@@ -353,9 +366,9 @@ class Supervisor:
                 traffic=report.traffic,
                 mode=entry.mode,
                 head_rows=settings.head_rows,
-                # Without a default, static mode has no answer for keys that were never baked.
-                may_be_static=contract.default is not None
-                and any(t.table for t in self._targets if t.name == name),
+                # Without a default, static mode has no answer for keys that were never baked; and with one it
+                # would answer that, whatever the table was made of.
+                may_be_static=contract.default is not None and share >= ALL,
                 deadline_ms=entry.deadline_ms,
                 placement=settings.placement,
                 allow_pickle=entry.allow_pickle,
@@ -364,23 +377,54 @@ class Supervisor:
         )
         pilot.costs = advised.costs
         if pilot.hear(entry.mode, advised):
-            await self._switch(name, advised.mode, advised.reason)
+            await self._switch(entry, advised.mode, advised.reason)
 
-    async def _switch(self, name: str, mode: Mode, why: str) -> None:
-        """Change the mode of a deployment whose mode is auto, which it stays."""
+    def _entry(self, name: str, version: str) -> PlanEntry | None:
+        """What is in force of a version."""
+        return next((e for e in self._plan.entries if (e.name, e.version) == (name, version)), None)
+
+    async def _answered(self, entry: PlanEntry) -> tuple[int, int]:
+        """Rows that a version has answered so far, and those of them from the prediction table."""
+        found = next(
+            (v for v in (await self.counts()).versions if (v.name, v.version) == (entry.name, entry.version)),
+            None,
+        )
+        if found is None:
+            return 0, 0
+        baked = found.counts.baked_rows if entry.mode == "static" else 0
+        return found.counts.rows, baked or (found.head.from_table if found.head is not None else 0)
+
+    async def _switch(self, asked: PlanEntry, mode: Mode, why: str) -> None:
+        """Change the mode of a deployment whose mode is auto, which it stays; ``asked`` is what the advice is on."""
         async with self._lock:
             self._refuse_if_stopping()
             targets = [replace(target) for target in self._targets]
-            mine = [target for target in targets if target.name == name and target.auto]
-            if not mine:
+            mine = [t for t in targets if (t.name, t.version) == (asked.name, asked.version) and t.auto]
+            if not mine or self._entry(asked.name, asked.version) != asked:
+                # Something else was put there since.
                 return
-            before = mine[-1].mode
-            mine[-1].mode = mode
-            await self._apply(
-                await asyncio.to_thread(self._resolve, targets, only=frozenset([name])), targets
-            )
-            self._why[name] = why
-            log().info("mode.changed", deployment=name, before=before, now=mode, why=why)
+            mine[0].mode = mode
+            resolved = await asyncio.to_thread(self._resolve, targets, only=frozenset([asked.name]))
+            self._refuse_other_bundles(resolved, asked.name)
+            await self._apply(resolved, targets)
+            self._why[asked.name] = why
+            log().info("mode.changed", deployment=asked.name, before=asked.mode, now=mode, why=why)
+
+    def _refuse_other_bundles(self, resolved: Resolved, name: str) -> None:
+        """Raise `Conflict` where bundles or tables of a deployment are not those in force any more."""
+        for entry in resolved.entries:
+            now = self._entry(entry.name, entry.version)
+            if entry.name != name or now is None:
+                continue
+            for what, path, found, was in (
+                ("bundle", entry.bundle, entry.digest, now.digest),
+                ("table", entry.table, entry.table_digest, now.table_digest),
+            ):
+                if found and was and found != was:
+                    raise Conflict(
+                        f"the {what} at {path} is another one than that in force",
+                        hint="parbake reload takes it in; then change the mode",
+                    )
 
     def _refuse_if_stopping(self) -> None:
         if self._stopping:

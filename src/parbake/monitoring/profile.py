@@ -210,9 +210,9 @@ class TrafficProfile:
         return sum(gone) / len(gone) if gone else None
 
     def rate_per_s(self) -> float:
-        """Requests per second in the last window that is over and was preceded by another, or over all there is."""
+        """Requests per second in the last window that is over, or over all windows where it was long ago."""
         self.fold()
-        if len(self.windows) > 2:
+        if len(self.windows) > 2 and self.windows[-1].first_s - self.windows[-2].last_s < self.window_s:
             return self.windows[-2].head.total / self.window_s
         if not self.windows:
             return 0.0

@@ -169,8 +169,10 @@ class Monitor:
         due = monotonic() + self._interval_s
         while not self._stop.wait(min(_LOOK_S, self._interval_s)):
             with self._lock:
-                waiting = max((len(one.rows) for one in self._recorders), default=0)
-            if monotonic() < due and waiting < _EARLY_ROWS * WIDTH:
+                waiting = max(
+                    (max(len(one.rows) // WIDTH, len(one.keys)) for one in self._recorders), default=0
+                )
+            if monotonic() < due and waiting < _EARLY_ROWS:
                 continue
             due = monotonic() + self._interval_s
             try:

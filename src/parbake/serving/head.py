@@ -56,6 +56,12 @@ _CANDIDATES: Final = 1024
 _KNOWN_PER_ROW: Final = 8
 _FEWEST_KNOWN: Final = 65_536
 _MOST_KNOWN: Final = 2_000_000
+_KNOWN_BYTES: Final = 200
+"""What the process spends on what it knows of a key (the key, a dict entry, a place in five arrays)."""
+_HISTORY_SHARE: Final = 0.5
+"""Most of the memory that may go to what is known of keys."""
+_LOOKS: Final = 8
+"""Samples in which keys to be forgotten are looked for."""
 
 ENTRY_BYTES: Final = 320
 """What the process spends on a row beside its key, inputs and record (dict entries, object headers)."""
@@ -85,6 +91,9 @@ class Row:
 class Head:
     """Records by key, under a budget of rows and bytes; used from one thread.
 
+    ``most_bytes`` is for all of it; what is known of keys that are not held may take half of that. `bytes` is what
+    the rows and records take.
+
     ``below`` is asked for keys that are not held: the prediction table, where there is one. ``freshness_s`` is how
     long a record may be answered, by ``clock`` (seconds, monotonic).
     """
@@ -107,6 +116,8 @@ class Head:
         self.expired = 0
         self.stored = 0
         self.below = below
+        self.found_below = 0
+        """Requests for keys that are not held and that ``below`` has."""
         self._freshness_s = freshness_s
         self._clock = clock
         self._random = np.random.default_rng(0)
@@ -122,7 +133,16 @@ class Head:
         self._names: list[bytes] = []
         self._free: list[int] = []
         """Places of keys that were forgotten."""
-        self._most_known = min(max(_KNOWN_PER_ROW * most_rows, _FEWEST_KNOWN), _MOST_KNOWN)
+        self._most_known = max(
+            min(
+                max(_KNOWN_PER_ROW * most_rows, _FEWEST_KNOWN),
+                max(_MOST_KNOWN, 2 * most_rows),
+                int(_HISTORY_SHARE * most_bytes) // _KNOWN_BYTES,
+            ),
+            1,
+        )
+        self._record_bytes = most_bytes - _KNOWN_BYTES * self._most_known
+        """What is left for the rows and their records."""
         self._count = array("H")
         self._last = array("q")
         self._slot = array("q")
@@ -157,7 +177,12 @@ class Head:
             self._touch(key)
             return record
         below = self.below
-        return None if below is None else below(key)
+        if below is None:
+            return None
+        record = below(key)
+        if record is not None:
+            self.found_below += 1
+        return record
 
     def asked(self, key: bytes) -> None:
         """Note that a key was asked for again while its answer was being computed."""
@@ -172,7 +197,7 @@ class Head:
         place = self._seen(key)
         if self._now >= self._census_at:
             self._census()
-        size = ENTRY_BYTES + len(key) + len(record) + row.bytes
+        size = _size_of(key, row, record)
         if key in self._records:
             self._replace(key, place, row, record, size)
             return True
@@ -244,29 +269,30 @@ class Head:
         if key in self._records:
             place = self._places[key]
             row = self._rows[key]
-            size = ENTRY_BYTES + len(key) + len(record) + row.bytes
+            size = _size_of(key, row, record)
             self._replace(key, place, row, record, size)
+
+    @property
+    def full(self) -> bool:
+        """Whether another row of the usual size would not fit."""
+        usual = self.bytes // len(self._records) if self._records else ENTRY_BYTES
+        return not self._fits(usual)
 
     def holds(self, key: bytes) -> bool:
         """Whether a record is held (without counting as a request)."""
         return key in self._records
 
-    def hottest(self) -> Iterator[tuple[bytes, Row, float]]:
-        """Keys that are held, with row and hazard, the likeliest to be asked for first.
+    def hazards(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+        """Places of the keys that are held, and the hazard of each; see `at`."""
+        places = np.frombuffer(self._held, dtype=np.int64).copy() if self._held else np.empty(0, np.int64)
+        return places, self._scores(places)[0]
 
-        Between one and the next the head may go on: a key that it has dropped meanwhile is left out.
-        """
-        self.settle()
-        if not self._held:
-            return
-        places = np.frombuffer(self._held, dtype=np.int64).copy()
-        scores = self._scores(places)[0]
-        order = np.argsort(-scores, kind="stable")
-        for place, score in zip(places[order].tolist(), scores[order].tolist(), strict=True):
-            key = self._names[place]
-            row = self._rows.get(key)
-            if row is not None:
-                yield key, row, score
+    def at(self, place: int) -> tuple[bytes, Row] | None:
+        """The key that is held at a place, with its row; None where it was dropped meanwhile."""
+        if self._slot[place] < 0:
+            return None
+        key = self._names[place]
+        return key, self._rows[key]
 
     def held(self) -> list[bytes]:
         """The keys that are held."""
@@ -282,7 +308,6 @@ class Head:
 
         Records are not taken over: they may be another bundle's.
         """
-        other.settle()
         self._now = other._now
         self._asked_sum = other._asked_sum.copy()
         self._exposed_sum = other._exposed_sum.copy()
@@ -291,7 +316,11 @@ class Head:
         self._census_at = other._census_at
         self._census_was = other._census_was
         yield
-        for number, (key, place) in enumerate(list(other._places.items())):
+        # By place, because a copy of the dict would take long.
+        for place in range(len(other._names)):
+            key = other._names[place]
+            if other._places.get(key) != place:
+                continue
             mine = self._places.get(key)
             if mine is None and len(self._names) < self._most_known:
                 mine = self._place(key)
@@ -299,7 +328,7 @@ class Head:
                 self._count[mine] = other._count[place]
                 # The other one goes on counting in between.
                 self._last[mine] = min(other._last[place], self._now)
-            if number % _STEP == _STEP - 1:
+            if place % _STEP == _STEP - 1:
                 yield
 
     def find(self, key: bytes) -> bytes | None:
@@ -315,7 +344,7 @@ class Head:
 
         ``baked_at`` is for a record from another head of the same bundle, by the same clock.
         """
-        size = ENTRY_BYTES + len(key) + len(record) + row.bytes
+        size = _size_of(key, row, record)
         if key in self._records or not self._fits(size):
             return False
         place = self._places.get(key)
@@ -364,12 +393,21 @@ class Head:
 
     def _forget(self) -> None:
         """Make room for what is new: forget some of the keys that are least likely to be asked for and not held."""
-        while not self._free:
+        for _ in range(_LOOKS):
+            if self._free:
+                break
             sample = np.unique(self._random.integers(0, len(self._names), _CANDIDATES))
             sample = sample[np.frombuffer(self._slot, dtype=np.int64)[sample] < 0]
             scores, places = self._scores(sample)
             least = np.argsort(scores, kind="stable")[: _CANDIDATES // 4]
             self._free = places[least].tolist()
+        if not self._free:
+            # Nearly all that is known is held.
+            self._choose_candidates()
+            victim = self._candidates.pop()
+            self._drop(self._names[victim])
+            self.evicted += 1
+            self._free = [victim]
         for place in self._free:
             del self._places[self._names[place]]
 
@@ -428,13 +466,13 @@ class Head:
         self._chosen_at = self._now
 
     def _fits(self, size: int) -> bool:
-        return len(self._records) < self.most_rows and self.bytes + size <= self.most_bytes
+        return len(self._records) < self.most_rows and self.bytes + size <= self._record_bytes
 
     def _make_room(self, place: int, size: int) -> bool:
         """Drop keys until a row of ``size`` bytes fits, as long as they are worth less than it is."""
         if self._fits(size):
             return True
-        if size > self.most_bytes or not self.most_rows:
+        if size > self._record_bytes or not self.most_rows:
             return False
         worth = self._score(place) / size
         least = _WORTH / len(self._names)
@@ -502,6 +540,10 @@ class Head:
 
 
 _CLASSES_OF: Final = np.array(_CLASS_OF, dtype=np.int64)
+
+
+def _size_of(key: bytes, row: Row, record: bytes) -> int:
+    return ENTRY_BYTES + len(key) + len(record) + row.bytes
 
 
 def _prior() -> npt.NDArray[np.float64]:

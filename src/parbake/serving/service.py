@@ -137,7 +137,7 @@ class ServedVersion:
             self._submit(raws, rows, shapes, deadline, done, caller)
             return None
         request = _Request(raws, rows, shapes or self._shapes, arrived or perf_counter())
-        keys = request.keys = self.keys.of(raws, rows, shapes)
+        keys = request.keys = request.head_keys = self.keys.of(raws, rows, shapes)
         get, table_get = self.get, self._table_get
         if get is None:
             request.where = [MODEL] * rows
@@ -147,8 +147,8 @@ class ServedVersion:
             records = [get(key) for key in keys]
         else:
             # Table by entity, head by row.
-            request.keys = self._row_keys.of(raws, rows, shapes)
-            records = [get(key) for key in request.keys]
+            request.head_keys = self._row_keys.of(raws, rows, shapes)
+            records = [get(key) for key in request.head_keys]
             if table_get is not None:
                 records = [
                     table_get(key) if record is None else record
@@ -163,7 +163,7 @@ class ServedVersion:
             return None
         answer = self._together(records, rows if self.mode != "static" else rows - len(misses))
         if self.recorder is not None:
-            request.where = [self.where_baked(key) for key in request.keys]
+            request.where = [self.where_baked(key) for key in request.head_keys]
             for i in misses:
                 request.where[i] = DEFAULT
             self._note(request, records)
@@ -183,8 +183,9 @@ class ServedVersion:
         """Keep what the model computed for a row, answer those who waited for the same; gives the record."""
         record = self.records.join(job.out_raws, job.out_shapes)
         if self.head is not None and self.flights is not None and job.key:
+            others = self.flights.landed(job)
             self.head.store(job.key, Row(tuple(job.raws), job.shapes), record)
-            for other in self.flights.landed(job):
+            for other in others:
                 self.head.asked(job.key)
                 other.joined = True
                 other.out_raws, other.out_shapes = job.out_raws, job.out_shapes
@@ -210,7 +211,7 @@ class ServedVersion:
             request.where = [MODEL if record is None else TABLE for record in records]
             for i, record in enumerate(records):
                 if record is not None:
-                    request.where[i] = self.where_baked(request.keys[i])
+                    request.where[i] = self.where_baked(request.head_keys[i])
         if rows == 1 and self.flights is not None:
             self._ask_one(self.flights, request, deadline, done, caller)
             return
@@ -236,7 +237,7 @@ class ServedVersion:
                     records[i] = record
                     if self.head is not None:
                         row = Row(tuple(column[at] for column in raws), request.shapes)
-                        self.head.store(request.keys[i], row, record)
+                        self.head.store(request.head_keys[i], row, record)
                 whole = self._together(records, rows - len(misses))
             except ParbakeError as error:
                 done(error)
@@ -245,9 +246,9 @@ class ServedVersion:
                 done(ModelFailed(f"baked and computed rows do not fit together: {error}"))
                 return
             whole.queue_s, whole.model_s = answer.queue_s, answer.model_s
+            done(whole)
             if self.recorder is not None:
                 self._note(request, records)
-            done(whole)
 
         self._submit(computed, len(misses), request.shapes, deadline, merge, caller)
 
@@ -255,7 +256,7 @@ class ServedVersion:
         self, flights: Flights, request: _Request, deadline: float, done: Done, caller: Caller | None
     ) -> None:
         """One row that is not baked: together with those who ask for the same at the moment."""
-        key = request.keys[0]
+        key = request.head_keys[0]
 
         def finished(job: Job) -> None:
             if job.error is not None:
@@ -263,10 +264,10 @@ class ServedVersion:
                 done(job.error)
                 return
             record = self.landed(job)
+            done(Answer(job.out_raws, job.out_shapes, 1, 0, job.queue_s, job.model_s))
             if self.recorder is not None:
                 request.where = [JOINED if job.joined else MODEL]
                 self._note(request, [record])
-            done(Answer(job.out_raws, job.out_shapes, 1, 0, job.queue_s, job.model_s))
 
         flights.board(key, Job(request.raws, 1, request.shapes, deadline, finished, caller))
 
@@ -274,19 +275,24 @@ class ServedVersion:
         """Per input the raw bytes of some rows of a request."""
         parts: list[list[bytes]] = []
         for spec, raw, shape in zip(self.contract.inputs, request.raws, request.shapes, strict=True):
-            slices = row_slices(raw, spec.datatype, request.rows, math.prod(shape))
+            # An input that is not needed may have been left out.
+            slices = (
+                row_slices(raw, spec.datatype, request.rows, math.prod(shape))
+                if raw
+                else [b""] * request.rows
+            )
             parts.append([slices[i] for i in rows])
         return parts
 
     def _noting(self, request: _Request, done: Done) -> Done:
-        """``done`` with a note for each row before it, where somebody takes notes."""
+        """``done`` with a note for each row after it, where somebody takes notes."""
         if self.recorder is None:
             return done
 
         def noted(answer: Answer | ParbakeError) -> None:
+            done(answer)
             if not isinstance(answer, ParbakeError):
                 self._note(request, self._records_of(answer) if self._notes_outputs else None)
-            done(answer)
 
         return noted
 
@@ -390,7 +396,7 @@ class ServedVersion:
 class _Request:
     """The rows of one request while they are being answered."""
 
-    __slots__ = ("arrived", "keys", "raws", "rows", "shapes", "where")
+    __slots__ = ("arrived", "head_keys", "keys", "raws", "rows", "shapes", "where")
 
     def __init__(self, raws: Sequence[bytes], rows: int, shapes: tuple[Shape, ...], arrived: float) -> None:
         self.raws = raws
@@ -398,6 +404,9 @@ class _Request:
         self.shapes = shapes
         self.arrived = arrived
         self.keys: list[bytes] = []
+        """Keys of the rows, as the contract makes them."""
+        self.head_keys: list[bytes] = []
+        """The keys that the learned head has for them."""
         self.where: list[int] = []
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from itertools import islice
+from collections.abc import AsyncIterator
 from typing import Final
+
+import numpy as np
 
 from parbake.contract.model import Contract
 from parbake.errors import ParbakeError
@@ -51,18 +53,26 @@ class Handover:
 
     async def learn(self) -> None:
         """Take over what is known of the traffic."""
+        await self._settle_old()
         for _ in self._head.take_over(self._old):
             await asyncio.sleep(0)
 
     async def copy(self) -> None:
         """Take over the records as they are: for two versions of the same bundle."""
+        old, head = self._old, self._head
+        held: list[tuple[float, bytes, Row]] = []
+        async for key, row, _ in self._hottest():
+            if len(held) >= head.most_rows:
+                break
+            held.append((old.baked_at(key) or 0.0, key, row))
         # In the order of baking, in which they stop being fresh.
-        held = sorted((self._old.baked_at(key) or 0.0, key, row) for key, row, _ in self._old.hottest())
-        for number, (_, key, row) in enumerate(held):
-            record = self._old.find(key)
-            if record is not None:
-                self._head.warm(key, row, record, self._old.baked_at(key))
-            if not number % _STEP:
+        held.sort(key=lambda item: item[0])
+        for number, (baked_at, key, row) in enumerate(held):
+            record = old.find(key)
+            # One that was baked again meanwhile would stand before older ones.
+            if record is not None and (old.baked_at(key) or 0.0) == baked_at:
+                head.warm(key, row, record, old.baked_at(key))
+            if number % _STEP == _STEP - 1:
                 await asyncio.sleep(0)
 
     async def missing(self) -> tuple[list[Item], float]:
@@ -72,24 +82,45 @@ class Handover:
         meanwhile is dropped here, to make room.
         """
         head = self._head
+        while head.expire(_STEP) == _STEP:
+            await asyncio.sleep(0)
         found: list[Item] = []
         held: set[bytes] = set()
         there = whole = 0.0
-        for number, (_, row, score) in enumerate(islice(self._old.hottest(), head.most_rows)):
+        async for _, row, hazard in self._hottest():
+            if len(held) >= head.most_rows:
+                break
             # The same rows have other keys where the contracts make keys in different ways.
             key = self._served.head_key(row)
             held.add(key)
-            whole += score
+            whole += hazard
             if head.holds(key):
-                there += score
+                there += hazard
             else:
                 found.append((key, row))
-            if number % _STEP == _STEP - 1:
-                await asyncio.sleep(0)
-        for key in head.held():
+        for number, key in enumerate(head.held()):
             if key not in held:
                 head.drop(key)
+            if number % _STEP == _STEP - 1:
+                await asyncio.sleep(0)
         return found, there / whole if whole else 1.0
+
+    async def _hottest(self) -> AsyncIterator[tuple[bytes, Row, float]]:
+        """Keys of the old head with row and hazard, the likeliest to be asked for first."""
+        await self._settle_old()
+        places, hazards = self._old.hazards()
+        order = await asyncio.to_thread(np.argsort, -hazards, kind="stable")
+        for start in range(0, len(order), _STEP):
+            step = order[start : start + _STEP]
+            for place, hazard in zip(places[step].tolist(), hazards[step].tolist(), strict=True):
+                held = self._old.at(place)
+                if held is not None:
+                    yield *held, hazard
+            await asyncio.sleep(0)
+
+    async def _settle_old(self) -> None:
+        while self._old.settle(_STEP):
+            await asyncio.sleep(0)
 
 
 class Warmer:
@@ -146,7 +177,13 @@ class Warmer:
         until = time.monotonic() + longest_s
         while time.monotonic() < until and self._batcher.idle and self._batcher.up:
             if self.waiting:
+                held = self._head.rows
                 done = await self._slice(fresh=True)
+                if self._head.rows == held:
+                    # They were asked for meanwhile, or do not fit any more.
+                    self.waiting = [item for item in self.waiting if not self._head.holds(item[0])]
+                    if self._head.full:
+                        self.waiting = []
             else:
                 ageing = self._head.ageing(within_s, self._rows())
                 if not ageing:
@@ -166,26 +203,31 @@ class Warmer:
     async def _slice(self, *, fresh: bool) -> bool:
         """Bake some rows; says whether it is worth going on."""
         rows = self._rows()
-        taken = [self.waiting.pop() for _ in range(min(rows, len(self.waiting)))]
+        taken: list[Item] = []
+        while self.waiting and len(taken) < rows:
+            item = self.waiting.pop()
+            if not fresh or not self._head.holds(item[0]):
+                taken.append(item)
         finished = asyncio.Event()
         left = len(taken)
         failed = 0
 
         def done(job: Job) -> None:
             nonlocal left, failed
-            if job.error is not None:
-                failed += 1
-            else:
+            try:
+                if job.error is not None:
+                    failed += 1
+                    return
                 record = self._served.records.join(job.out_raws, job.out_shapes)
-                row = rows_by_job[id(job)]
-                if fresh:
-                    self._head.warm(job.key, row, record)
-                else:
+                if not fresh:
                     self._head.refresh(job.key, record)
-                self.baked += 1
-            left -= 1
-            if not left:
-                finished.set()
+                    self.baked += 1
+                elif self._head.warm(job.key, rows_by_job[id(job)], record):
+                    self.baked += 1
+            finally:
+                left -= 1
+                if not left:
+                    finished.set()
 
         rows_by_job: dict[int, Row] = {}
         jobs: list[Job] = []

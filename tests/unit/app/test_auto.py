@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any, cast
 
-from parbake.app.auto import Advised, Pilot
+from parbake.app.auto import Advised, Pilot, gain_over
 from parbake.settings import Mode
 
 _COSTS = cast("Any", None)  # the pilot does not look at them
@@ -45,3 +46,25 @@ def test_the_simplest_way_needs_no_gain_but_must_not_lose() -> None:
     assert pilot.hear("hybrid", said("dynamic", -0.02))
     for _ in range(5):
         assert not pilot.hear("hybrid", said("dynamic", -0.05))
+
+
+def test_a_mode_that_breaks_its_promises_is_left_whatever_the_gain() -> None:
+    def option(mode: Mode, mean_s: float, refused: tuple[str, ...] = ()) -> Any:
+        return SimpleNamespace(mode=mode, hour_cost=1.0, mean_s=mean_s, refused=refused)
+
+    hybrid, static = option("hybrid", 0.01), option("static", 0.0001, ("a third has no answer",))
+    assert gain_over("static", hybrid, [hybrid, static]) == 1
+    # Or one that may not be any more.
+    assert gain_over("static", hybrid, [hybrid]) == 1
+    assert gain_over("hybrid", hybrid, [hybrid, static]) == 0
+    assert gain_over("dynamic", hybrid, [hybrid, option("dynamic", 0.04)]) == 0.5
+
+
+def test_a_table_may_take_over_only_when_it_was_seen_to_answer_all() -> None:
+    pilot = Pilot()
+    assert pilot.table_share(2000, 2000) == 1
+    # Too few since then to tell.
+    assert pilot.table_share(2100, 2100) == 0
+    assert pilot.table_share(6100, 4100) == 0.5
+    # A front was started again, and counts anew.
+    assert pilot.table_share(10_000, 0) <= 0

@@ -89,12 +89,20 @@ def test_the_budget_holds_and_answers_are_what_was_stored(
             stored[name] = (record, now)
         elif kind == "x":
             head.expire()
-            for held, _, _ in head.hottest():
+            for held, _ in hottest_of(head):
                 assert stored[held][1] > now - 5.0
         assert head.rows <= rows
         assert head.bytes <= most_bytes + 64
-        assert head.rows == len(list(head.hottest()))
+        assert head.rows == len(hottest_of(head))
         assert (head.bytes == 0) == (head.rows == 0)
+
+
+def hottest_of(head: Head) -> list[tuple[bytes, Row]]:
+    """What is held, the likeliest to be asked for first."""
+    head.settle()
+    places, hazards = head.hazards()
+    order = places[np.argsort(-hazards, kind="stable")].tolist()
+    return [found for place in order if (found := head.at(place)) is not None]
 
 
 def test_a_constant_head_is_found() -> None:
@@ -166,14 +174,14 @@ def test_the_successor_knows_the_traffic_and_none_of_the_records() -> None:
     trace = zipf(1.1, 2000, 20_000)
     old = make(100)
     coverage(old, trace)
-    hottest = list(old.hottest())
-    assert {key(0), key(1), key(2)} <= {name for name, _, _ in hottest[:30]}
+    hottest = hottest_of(old)
+    assert {key(0), key(1), key(2)} <= {name for name, _ in hottest[:30]}
     new = make(100)
     for _ in new.take_over(old):
         assert new.rows == 0
     assert new.rows == 0
     assert new.get(hottest[0][0]) is None
-    for name, its_row, _ in hottest:
+    for name, its_row in hottest:
         assert new.warm(name, its_row, b"by another model")
     more = zipf(1.1, 2000, 5_000)
     assert coverage(new, more) == pytest.approx(coverage(old, more), abs=0.02)
@@ -197,3 +205,22 @@ def test_below_is_asked_for_what_is_not_held() -> None:
     assert head.get(key(7)) == b"baked"
     assert head.get(key(8)) is None
     assert head.rows == 0
+
+
+def test_a_head_that_holds_all_it_knows_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("parbake.serving.head._KNOWN_BYTES", 100)
+    # Memory for the history of 20 keys, and for more rows than that.
+    head = make(1000, size=4000 + 40 * (ENTRY_BYTES + 30))
+    head._most_known = 20
+    for number in range(200):
+        head.store(key(number), row(), b"answer")
+    assert 1 <= head.rows <= 20
+    assert len(head._places) <= 20
+
+
+def test_what_is_known_of_keys_is_within_the_memory() -> None:
+    head = make(1_000_000, size=1 << 20)
+    for number in range(20_000):
+        head.store(key(number), row(), b"answer")
+    assert head.bytes + 200 * len(head._names) <= 1 << 20
+    assert head.rows > 500

@@ -20,10 +20,12 @@ from parbake.contract.record import Records
 from parbake.contract.rounding import round_inputs
 from parbake.contract.tensors import Tensor, row_slices, to_raw
 from parbake.errors import KeyNotBaked, NotReady, ParbakeError, RunnerDown
+from parbake.monitoring.recorder import Recorder
 from parbake.runtime.backends import InlineBackend
 from parbake.runtime.batcher import Batcher
 from parbake.runtime.session import Session
 from parbake.serving.defaults import default_record
+from parbake.serving.head import Head
 from parbake.serving.model import Answer
 from parbake.serving.service import Mode, ServedVersion
 from parbake.serving.stats import Stats
@@ -65,6 +67,7 @@ class Service:
             table=MemoryTable(bundle.digest, entries) if entries is not None else None,
             batcher=batcher, deadline_s=10.0, stats=Stats(),
             default=default_record(contract, Records(contract)),
+            head=changed.get("head"), recorder=changed.get("recorder"),
         )  # fmt: skip
 
     def ask(self, raws: Sequence[bytes], rows: int, shapes: Any = None) -> Answer:
@@ -275,3 +278,40 @@ def test_while_the_model_is_down_baked_rows_are_answered(bundle: StoredBundle) -
     mixed = {name: np.concatenate([inputs[name][:1], fresh[name][:1]]) for name in inputs}
     with pytest.raises(RunnerDown):
         service.ask(raws_of(bundle.contract, mixed), 2)
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "static", "hybrid"])
+def test_what_is_noted_is_the_key_of_the_contract_in_every_mode(tmp_path: Path, mode: Mode) -> None:
+    entity = write_function(tmp_path, MODEL, inputs=INPUTS, outputs=OUTPUTS, key=Key(columns=("word",)))
+    contract = entity.contract
+    inputs = some_rows(6)
+    raws = raws_of(contract, inputs)
+    entries = baked(entity, inputs, range(6))
+    recorder = Recorder("m", "1", mode, entity.digest)
+    head = Head(most_rows=10, most_bytes=1 << 20, clock=lambda: 0.0) if mode == "hybrid" else None
+    service = Service(entity, mode, entries if mode == "static" else None, head=head, recorder=recorder)
+    for _ in range(2):
+        service.ask(raws, 6)
+    noted = recorder.drain()
+    assert noted is not None
+    assert noted.keys == 2 * Keys(contract).of(raws, 6)
+
+
+def test_an_input_that_was_left_out_is_noted_as_empty(tmp_path: Path) -> None:
+    spec = (TensorSpec("id", "INT64"), TensorSpec("word", "BYTES"))
+    source = "def predict(id, word):\n    return id * 2\n"
+    entity = write_function(
+        tmp_path, source, inputs=spec, outputs=(TensorSpec("y", "INT64"),), key=Key(columns=("id",))
+    )
+    inputs = {"id": np.arange(3), "word": np.array(["a", "b", "c"], dtype=object)}
+    recorder = Recorder("m", "1", "static", entity.digest, wants_inputs=True)
+    service = Service(entity, "static", baked(entity, inputs, range(3)), recorder=recorder)
+    answer = service.ask([to_raw(inputs["id"], "INT64"), b""], 3)
+    assert np.frombuffer(answer.raws[0], np.int64).tolist() == [0, 2, 4]
+    noted = recorder.drain()
+    assert noted is not None
+    assert [list(extra or ()) for extra in noted.extras] == [
+        [b"\0" * 8, b""],
+        [b"\1" + b"\0" * 7, b""],
+        [b"\2" + b"\0" * 7, b""],
+    ]
