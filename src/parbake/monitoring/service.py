@@ -11,7 +11,7 @@ from parbake.contract.where import REFUSED
 from parbake.logs import log
 from parbake.monitoring.model import LogCounts
 from parbake.monitoring.profile import TrafficProfile, ids_of
-from parbake.monitoring.recorder import WIDTH, Recorder, Rows
+from parbake.monitoring.recorder import Recorder, Rows
 
 if TYPE_CHECKING:
     from parbake.monitoring.log import PredictionLog
@@ -169,9 +169,7 @@ class Monitor:
         due = monotonic() + self._interval_s
         while not self._stop.wait(min(_LOOK_S, self._interval_s)):
             with self._lock:
-                waiting = max(
-                    (max(len(one.rows) // WIDTH, len(one.keys)) for one in self._recorders), default=0
-                )
+                waiting = max((one.backlog for one in self._recorders), default=0)
             if monotonic() < due and waiting < _EARLY_ROWS:
                 continue
             due = monotonic() + self._interval_s

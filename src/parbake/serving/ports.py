@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 
 class PredictionTable(Protocol):
@@ -43,8 +43,8 @@ class Recorder(Protocol):
     ) -> None:
         """A row was answered: ``where`` is a code of `parbake.contract.where`, ``seconds`` the time in the server."""
 
-    def note_all(self, flat: list[Any]) -> None:
-        """Rows that were answered: key, where, seconds, None, None and Unix time of each, one after another."""
+    def note_turn(self, where: int, keys: list[bytes], seconds: list[float]) -> None:
+        """Rows that were answered at about the same moment, where neither inputs nor outputs are wanted."""
 
     def refused(self, code: str, seconds: float, key: bytes = b"") -> None:
         """A request was answered with an error."""

@@ -8,7 +8,7 @@ import time
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parbake.contract.where import HEAD, REFUSED
+from parbake.contract.where import HEAD, MODEL, REFUSED, TABLE
 from parbake.monitoring.recorder import WIDTH, Recorder
 
 KEY = bytes(range(16))
@@ -18,7 +18,7 @@ def recorder(rows: int = 100, bytes_limit: int = 1 << 20) -> Recorder:
     return Recorder("eta", "1", "hybrid", "d", rows=rows, bytes_limit=bytes_limit)
 
 
-@given(st.integers(1, 20), st.lists(st.sampled_from(["note", "refused", "drain"]), max_size=80))
+@given(st.integers(1, 20), st.lists(st.sampled_from(["note", "turn", "refused", "drain"]), max_size=80))
 def test_the_ring_never_holds_more_than_its_limit_and_every_row_is_kept_or_counted(
     limit: int, steps: list[str]
 ) -> None:
@@ -28,12 +28,15 @@ def test_the_ring_never_holds_more_than_its_limit_and_every_row_is_kept_or_count
         if step == "note":
             ring.note(KEY, HEAD, 0.001, None, None)
             added += 1
+        elif step == "turn":
+            ring.note_turn(HEAD, [KEY] * 3, [0.001] * 3)
+            added += 3
         elif step == "refused":
             ring.refused("overloaded", 0.001)
             added += 1
         else:
             taken += len(ring.drain() or ())
-        assert len(ring.rows) <= limit * WIDTH
+        assert ring.backlog <= limit
     taken += len(ring.drain() or ())
     assert taken + ring.dropped == added
 
@@ -52,6 +55,22 @@ def test_rows_come_out_as_columns_in_the_order_of_arrival() -> None:
     assert rows.records == [b"out", None]
     assert rows.times[0] <= rows.times[1]
     assert ring.drain() is None
+
+
+def test_rows_noted_together_come_out_as_rows() -> None:
+    ring = recorder()
+    ring.note(KEY, HEAD, 0.5, None, None)
+    ring.note_turn(TABLE, [KEY, bytes(16)], [0.25, 0.125])
+    ring.note_turn(MODEL, [KEY], [1.0])
+    rows = ring.drain()
+    assert rows is not None
+    assert (len(rows), rows.joined) == (4, KEY + KEY + bytes(16) + KEY)
+    assert list(rows.where) == [HEAD, TABLE, TABLE, MODEL]
+    assert list(rows.seconds) == [0.5, 0.25, 0.125, 1.0]
+    assert len(rows.times) == len(rows.extras) == len(rows.records) == 4
+    assert rows.times[1] == rows.times[2]
+    assert ring.drain() is None
+    assert ring.backlog == 0
 
 
 def test_large_inputs_fill_the_ring_by_their_bytes() -> None:
@@ -78,8 +97,9 @@ def test_no_row_is_lost_while_another_thread_drains() -> None:
 
     thread = threading.Thread(target=drain)
     thread.start()
-    for _ in range(300_000):
+    for _ in range(100_000):
         ring.note(KEY, HEAD, 0.001, None, None)
+        ring.note_turn(HEAD, [KEY, KEY], [0.001, 0.002])
     done.set()
     thread.join()
     # What was added while the list was being taken out comes with the next turn.

@@ -8,14 +8,15 @@ which answers it or says what is wrong.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from time import perf_counter, time
-from typing import Any, Final, cast
+from time import perf_counter
+from typing import Final, cast
 
 from parbake.contract.key import key_of
 from parbake.contract.where import JOINED, MODEL
 from parbake.errors import ParbakeError
 from parbake.logs import log
 from parbake.runtime.batcher import Job, Outcome
+from parbake.serving.ports import Recorder
 from parbake.serving.service import ServedVersion
 from parbake.serving.stats import FOLD_AT
 from parbake.transports.http.endpoint import PredictionEndpoint
@@ -46,6 +47,16 @@ class OneRowEndpoint(PredictionEndpoint):
         self._recorder = served.recorder
         self._note_key = served.recorder.note_key if served.recorder is not None else None
         self._logs = served.recorder is not None and self._note_key is None
+        self._noting_turns = (
+            self._logs
+            and served.recorder is not None
+            and not (served.recorder.wants_inputs or served.recorder.wants_outputs)
+        )
+        """Whether rows that are answered together are noted together."""
+        self._baked_in = (
+            None if served.head is not None and served.table is not None else served.where_baked(b"")
+        )
+        """Where all baked rows are answered; None where there are two places."""
         self._keeps_inputs = served.recorder is not None and served.recorder.wants_inputs
         self._run = served.batcher.submit if served.batcher is not None and served.mode != "static" else None
         self._memo = memo
@@ -140,10 +151,10 @@ class OneRowEndpoint(PredictionEndpoint):
     def _send_baked(self) -> None:
         baked, self._baked = self._baked, []
         answered = self._log
+        begin = len(answered)
         note_key = self._note_key
-        recorder = self._recorder if self._logs and not self._keeps_inputs else None
-        noted: list[Any] = []
-        now = time() if recorder is not None else 0.0
+        each = self._logs and not self._noting_turns and not self._keeps_inputs
+        gone: list[Exchange] = []
         for exchange, reply, parsed, key, record in baked:
             try:
                 exchange.protocol.send(exchange, reply)
@@ -151,22 +162,31 @@ class OneRowEndpoint(PredictionEndpoint):
                 # The others of this turn must get theirs.
                 log().exception("reply.not_sent", deployment=self._served.name)
                 exchange.protocol.abort()
+                gone.append(exchange)
                 continue
             arrived = exchange.arrived
             total_s = perf_counter() - arrived
             answered += (parsed - arrived, 0.0, 0.0, total_s, 1, 1)
             if note_key is not None:
                 note_key(key)
-            elif recorder is not None:
-                where = self._served.where_baked(key)
-                if recorder.wants_outputs:
-                    recorder.note(key, where, total_s, None, record)
-                else:
-                    noted += (key, where, total_s, None, None, now)
-        if noted and recorder is not None:
-            recorder.note_all(noted)
+            elif each:
+                self._note(exchange, key, self._served.where_baked(key), (), record)
+        if self._noting_turns and self._recorder is not None:
+            if gone:
+                baked = [item for item in baked if item[0] not in gone]
+            # The times of all are in what was just counted.
+            self._note_baked(self._recorder, [item[3] for item in baked], answered[begin + 3 :: 6])
         if len(answered) >= FOLD_AT:
             self._settle()
+
+    def _note_baked(self, recorder: Recorder, keys: list[bytes], seconds: list[float]) -> None:
+        if self._baked_in is not None:
+            recorder.note_turn(self._baked_in, keys, seconds)
+            return
+        places = [self._served.where_baked(key) for key in keys]
+        for place in set(places):
+            here = [at for at, other in enumerate(places) if other == place]
+            recorder.note_turn(place, [keys[at] for at in here], [seconds[at] for at in here])
 
     def _all_done(self, jobs: Sequence[Job], outcome: Outcome) -> None:
         """The model has answered a batch of such rows."""
@@ -177,21 +197,28 @@ class OneRowEndpoint(PredictionEndpoint):
         model_s = outcome.seconds
         log = self._log
         rows = cast("Sequence[_Row]", jobs)  # only rows have this callback
-        if self._flights is not None or self._logs:
+        turn = self._noting_turns
+        if self._flights is not None or (self._logs and not turn):
             columns = [_rows_of(raw, len(jobs)) for raw in outcome.raws]
             for job, *out_raws in zip(rows, *columns, strict=True):
                 job.out_raws, job.out_shapes = out_raws, outcome.shapes
                 job.model_s = model_s
                 record = self._served.landed(job)
-                self._note(job.exchange, job.key or key_of(job.raws[0]), MODEL, job.raws, record)
+                if not turn:
+                    self._note(job.exchange, job.key or key_of(job.raws[0]), MODEL, job.raws, record)
         elif self._note_key is not None:
             for job in rows:
                 self._note_key(key_of(job.raws[0]))
+        seconds: list[float] = []
         for job, reply in zip(rows, replies, strict=True):
             exchange = job.exchange
             exchange.protocol.send(exchange, reply)
             arrived = exchange.arrived
-            log += (job.queued - arrived, job.queue_s, model_s, perf_counter() - arrived, 1, 0)
+            total_s = perf_counter() - arrived
+            seconds.append(total_s)
+            log += (job.queued - arrived, job.queue_s, model_s, total_s, 1, 0)
+        if turn and self._recorder is not None:
+            self._recorder.note_turn(MODEL, [job.key or key_of(job.raws[0]) for job in rows], seconds)
         self._settle()
 
     def _done(self, job: _Row) -> None:
