@@ -2,7 +2,7 @@
 
 Coverage is replayed without a server. The rest is measured on servers under load: a model of about a millisecond a
 row asked for by a trace, with and without the head; a fixed table against a head of the same content; the prediction
-log on and off; and a release in the middle of traffic.
+log on and off; baking in idle moments; and a release in the middle of traffic.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from bench.clients import Client
 from bench.load import Load, Measured, pouring, put
 from bench.machine import this_machine
 from bench.network import packed_network, row_body, rows_of
-from bench.report import Section, Table, Target, at_least
+from bench.report import Section, Table, Target, at_least, at_most
 from bench.traces import Trace, generated, real
 from parbake.app.bake import bake
 from parbake.app.supervisor import Change
@@ -42,6 +42,8 @@ _PATH: Final = "/v2/models/eta/infer"
 _LAYERS: Final = 6
 _BUDGET: Final = 0.2
 _ALLOWED: Final = 0.01
+_FRESH_S: Final = 4.0
+_FEW: Final = 4
 
 
 def run(
@@ -63,6 +65,7 @@ def run(
     bodies = tuple(row_body(row) for row in rows)
     gain, gained, gain_figures = _gain(bundle, trace, bodies, seconds, say)
     costs, costed, cost_figures = _costs(client, folder, bundle, rows, rounds, say)
+    idle, idled = _idle(folder, bundle, rows, rounds, seconds, say)
     release, released = _release(folder, bundle, trace, bodies, rows, seconds, say)
     return Section(
         "head",
@@ -71,8 +74,8 @@ def run(
         "of rows, in per cent of the trace's keys; the fixed set is the best one chosen in hindsight (first touches "
         "not counted), Belady's bound is what no cache can do better. Under load: "
         f"{_CONNECTIONS} connections in a closed loop on the same CPUs, a model of about a millisecond a row.",
-        (table, gain, costs, release),
-        (*targets, *gained, *costed, *released),
+        (table, gain, costs, idle, release),
+        (*targets, *gained, *costed, *idled, *released),
         this_machine(),
         {"coverage": figures, "gain": gain_figures, "costs": cost_figures},
     )
@@ -175,6 +178,62 @@ def _costs(
         targets,
         figures,
     )
+
+
+def _idle(
+    folder: Path, bundle: Path, rows: Any, rounds: int, seconds: float, say: Callable[[str], None]
+) -> tuple[Table, list[Target]]:
+    """What live requests feel of rows being baked again in idle moments, before they are too old: in pairs."""
+    count = 1000
+    bodies = tuple(row_body(row) for row in rows[:count])
+    ageing = packed_network(folder / "ageing", _LAYERS, rows[:256], freshness_s=_FRESH_S).path
+    found: list[tuple[Measured, Measured]] = []
+    with (
+        serving(bundle, mode="hybrid", workers=1, head_rows=count) as still,
+        serving(ageing, mode="hybrid", workers=1, head_rows=count) as busy,
+    ):
+        for server in (still, busy):
+            _put(server, bodies, range(count), 2 * _FRESH_S, _FEW)
+        before = _warmed(busy)
+        started = time.monotonic()
+        for number in range(rounds):
+            say(f"baking in idle moments, round {number + 1} of {rounds}")
+            found.append(
+                (
+                    _put(still, bodies, range(count), seconds, _FEW),
+                    _put(busy, bodies, range(count), seconds, _FEW),
+                )
+            )
+        baked = (_warmed(busy) - before) / (time.monotonic() - started)
+    lines = tuple(
+        (
+            what,
+            f"{median(pair[at].requests_per_s for pair in found):,.0f}",
+            f"{median(pair[at].p50_ms for pair in found):.3f}",
+            f"{median(pair[at].p99_ms for pair in found):.3f}",
+        )
+        for at, what in enumerate(
+            (
+                "nothing to bake",
+                f"each row lasts {_FRESH_S:g} s, {baked:,.0f} rows/s baked again in idle moments",
+            )
+        )
+    )
+    ratio = median(busy.p50_ms / still.p50_ms for still, busy in found)
+    table = Table(
+        f"Baking in idle moments: {count:,} keys, all held, {_FEW} connections",
+        ("", "requests/s", "p50 ms", "p99 ms"),
+        lines,
+    )
+    return table, [at_most("p50 while rows are baked again, in ratio to without", ratio, 1.1)]
+
+
+def _warmed(server: Server) -> float:
+    """Rows that were baked without anybody waiting for them."""
+    with urllib.request.urlopen(f"{server.url}/metrics", timeout=10) as reply:
+        lines = reply.read().decode().splitlines()
+    found = [line for line in lines if line.startswith("parbake_head_changes_total{") and "warmed" in line]
+    return sum(float(line.rpartition(" ")[2]) for line in found)
 
 
 def _release(

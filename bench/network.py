@@ -24,7 +24,9 @@ _SEED: Final = 7
 Rows = npt.NDArray[np.float32]
 
 
-def packed_network(folder: Path, layers: int, example: Rows, seed: int = _SEED) -> StoredBundle:
+def packed_network(
+    folder: Path, layers: int, example: Rows, seed: int = _SEED, freshness_s: float | None = None
+) -> StoredBundle:
     """A network that takes the longer the more convolutions it has, for each row alike."""
     import onnx
     from onnx import TensorProto, helper, numpy_helper
@@ -87,6 +89,7 @@ def packed_network(folder: Path, layers: int, example: Rows, seed: int = _SEED) 
         purpose="measured by bench/",
         owner="bench@parbake.example",
         out=folder / "eta.bundle",
+        freshness_s=freshness_s,
     )
     return read_bundle(bundle.path)
 

@@ -237,6 +237,12 @@ class TableTorn(TableError):
     code = "table_torn"
 
 
+class TableMissing(TableError):
+    """There is no table at that path."""
+
+    code = "table_missing"
+
+
 class TableForeign(TableError):
     """The table was baked by another bundle than the one that is served."""
 

@@ -66,8 +66,13 @@ def predictions(question: Question, budgets: Sequence[float] = BUDGETS) -> Itera
     everything = _follow(question, np.ones(1, np.bool_))
     coverage = 1.0 - traffic.unseen
     yield _prediction(question, "static", None, distinct, coverage, unanswered, everything, rate)
+    seen: set[int] = set()
     for budget in budgets:
         rows = max(int(distinct * budget), 1)
+        if rows in seen:
+            # Few keys: another share is the same head.
+            continue
+        seen.add(rows)
         hits = coverage_of(question, rows)
         followed = _follow(question, hits)
         yield _prediction(question, "hybrid", budget, rows, float(hits.mean()), 0.0, followed, rate)

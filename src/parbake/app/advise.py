@@ -40,6 +40,10 @@ from parbake.settings import DEADLINE_MS, Placement
 CONNECTIONS: Final = 64
 _EXPIRE_EVERY: Final = 256
 _EMPTY: Final = Row((), ())
+_ENOUGH_REQUESTS: Final = 1000
+_ENOUGH_KEYS: Final = 100
+_NOT_ALL: Final = 0.9
+"""A greatest key below this part of the range, among so many keys, is no chance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +66,8 @@ class Advice:
     load: Load
     prices: Prices
     recommendation: Recommendation
+    notes: tuple[str, ...] = ()
+    """What to think of before the figures are believed."""
 
 
 class LearnedHead:
@@ -104,10 +110,14 @@ def asked_in_log(folder: Path, deployment: str | None = None) -> Asked:
     tables = read_log(folder, deployment, columns=("deployment", "key", "time"))
     found: list[Any] = []
     first_us = last_us = 0
+    highest = 0
+    if not folder.is_dir():
+        raise InputFileError("no such folder", path=str(folder), hint="--log takes the folder given to serve")
 
     def timed() -> Iterator[Any]:
-        nonlocal first_us, last_us
+        nonlocal first_us, last_us, highest
         for table in tables:
+            highest = max(highest, _highest(table))
             times = table.column("time").cast("int64")
             first_us = first_us or times[0].as_py()
             last_us = times[-1].as_py()
@@ -125,9 +135,20 @@ def asked_in_log(folder: Path, deployment: str | None = None) -> Asked:
             hint="--name picks one of them",
         )
     ((name, found),) = by_name.items()
-    return asked_in_sequence(
+    asked = asked_in_sequence(
         np.concatenate(found), f"log of {name}", window_s=max(last_us - first_us, 1) / 1e6
     )
+    # A sample is of the keys below a limit, and keys are evenly spread: the greatest is about the limit.
+    share = (highest + 1) / 2**16
+    if share < _NOT_ALL and asked.traffic.distinct.value >= _ENOUGH_KEYS:
+        asked = replace(asked, traffic=replace(asked.traffic, sampled=share))
+    return asked
+
+
+def _highest(table: Any) -> int:
+    """The first two bytes of the greatest key in a table of the log."""
+    heads = [key.as_buffer()[:2].to_pybytes() for key in table.column("key") if key.is_valid]
+    return int.from_bytes(max(heads, default=b""), "big")
 
 
 def asked_in_sequence(ids: npt.NDArray[np.uint64], source: str, *, window_s: float | None = None) -> Asked:
@@ -227,4 +248,12 @@ def advise(
         load=load,
         prices=question.prices,
         recommendation=choose(options, asked.traffic, costs, found),
+        notes=tuple(_notes(asked.traffic)),
     )
+
+
+def _notes(traffic: Traffic) -> Iterator[str]:
+    if traffic.requests < _ENOUGH_REQUESTS:
+        yield f"only {traffic.requests:,} requests are known: what is said of the traffic may be chance"
+    if traffic.sampled < 1:
+        yield "the source holds a sample of the keys: rate and number of keys are those of the sample"

@@ -51,7 +51,7 @@ _TABLE_ROWS: Final = 20_000
 _BODIES: Final = 256
 _MANY: Final = 8192
 """Rows of the table that hits are measured with: as in real traffic, most are not what was asked for just now."""
-_RUN_S: Final = 0.5
+_RUN_S: Final = 0.3
 _START_S: Final = 60.0
 _INLINE_BATCH_S: Final = 0.002
 _LONGEST_BATCH_S: Final = 0.25
@@ -445,7 +445,9 @@ def _front_cost(
 
     def run(name: str, count: int) -> _Run:
         stage(f"the front, {name} at {count} connections")
-        return _drive(server, name, baked if name == "hit" else bodies, count)
+        # The quicker of two: the other may have met something else that ran on the machine.
+        runs = [_drive(server, name, baked if name == "hit" else bodies, count) for _ in range(2)]
+        return min(runs, key=lambda run: run.p50_s)
 
     many = max(connections, 2)
     run("hit", many)

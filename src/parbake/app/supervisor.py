@@ -130,6 +130,12 @@ class VersionStatus(Struct, frozen=True):
     """Of the requests, those that were refused or failed."""
     table_expires: float = 0.0
     """Unix time at which the table stops to be used; 0 for never."""
+    head_rows: int = 0
+    """Predictions that the learned heads of all fronts keep now."""
+    rows: int = 0
+    """Rows that were answered."""
+    baked_rows: int = 0
+    """Of those, the ones that were answered without the model."""
 
 
 class Status(Struct, frozen=True):
@@ -845,14 +851,15 @@ class Supervisor:
 
     def status(self, counts: AllCounts | None = None) -> Status:
         """What is served, by which processes, and (given ``counts``) what it was asked."""
-        outcomes = {(v.name, v.version): v.counts.outcomes for v in counts.versions} if counts else {}
+        counted = {(v.name, v.version): v for v in counts.versions} if counts else {}
         versions: list[VersionStatus] = []
         for entry in self._plan.entries:
             bundle = self._bundles[(entry.name, entry.version)]
             runners = self._runners.get(entry, [])
             placed = self._placed.get((entry.name, entry.version))
             loaded = [r.loaded.row_us for r in runners if r.loaded is not None]
-            asked = outcomes.get((entry.name, entry.version), {})
+            mine = counted.get((entry.name, entry.version))
+            asked = mine.counts.outcomes if mine else {}
             versions.append(
                 VersionStatus(
                     entry.name,
@@ -874,6 +881,9 @@ class Supervisor:
                     sum(asked.values()),
                     sum(asked.values()) - asked.get("ok", 0),
                     entry.table_expires,
+                    mine.head.rows if mine and mine.head else 0,
+                    mine.counts.rows if mine else 0,
+                    mine.counts.baked_rows if mine else 0,
                 )
             )
         return Status(

@@ -12,7 +12,7 @@ import click
 
 from parbake.cli.options import BUNDLE, FILE, Command, json_option, pickle_option, progress_option
 from parbake.cli.output import emit, emit_json, emit_table, emit_title, say, size, stages
-from parbake.errors import ModelNotFound, NotFound, SettingsError
+from parbake.errors import ModelNotFound, NotFound, NotReady, SettingsError
 from parbake.settings import Mode, Placement
 
 if TYPE_CHECKING:
@@ -253,12 +253,12 @@ class _Server:
         self._after = self._before
 
     def traffic(self) -> Traffic:
-        """What was asked of the deployment. Raises `NotFound` where nothing was."""
+        """What was asked of the deployment. Raises `NotReady` where nothing was yet."""
         from parbake.transports import client
 
         report = client.traffic(**self._where).get(self.name)
         if report is None or not report.traffic.requests:
-            raise NotFound(
+            raise NotReady(
                 f"nothing is known of the traffic of {self.name!r} yet",
                 hint="ask again when there was some, or give --trace or --log",
             )
@@ -279,7 +279,7 @@ class _Server:
             version.placement == "inline" for version in self._all.versions if version is not self.status
         )
         mode = cast(Mode, self.status.mode)
-        return served_of(self.name, mode, inline, others, self._after)
+        return served_of(self.name, mode, inline, others, self._after, self._after.logged)
 
     def checks(self, advice: Advice) -> tuple[Check, ...]:
         """Predicted against observed, while the server was watched. Raises `NotFound` where nobody asked."""
@@ -335,10 +335,14 @@ def show(advice: Advice) -> None:
 
     for line in traffic_lines(advice):
         emit(line)
+    for note in advice.notes:
+        emit(f"note: {note}")
     emit()
     _show_options(advice)
     emit()
-    emit_title(f"{advice.recommendation.best.name}: {advice.recommendation.reason}")
+    best = advice.recommendation.best
+    emit_title(f"{best.name}: {advice.recommendation.reason}")
+    emit(_how(best))
     for found in advice.recommendation.antipatterns:
         emit(f"{found.name}: {found.what} ({found.hint})")
     emit()
@@ -353,11 +357,10 @@ def traffic_lines(advice: Advice) -> list[str]:
     window = f" in {_span(traffic.window_s)}" if traffic.window_s else ""
     rate = f", {traffic.rate_per_s:,.4g}/s" if traffic.rate_per_s else ""
     sample = f", a sample of {traffic.sampled:.3g} of the keys" if traffic.sampled < 1 else ""
-    points = [round(distinct.value * share) for share in (0.01, 0.05, 0.2)]
+    points = dict.fromkeys(max(round(distinct.value * share), 1) for share in (0.01, 0.05, 0.2))
     shares = ", ".join(
-        f"top {max(keys, 1):,} keys {100 * traffic.share_of(max(keys, 1)):.0f} %" for keys in points
+        f"top {keys:,} key{'' if keys == 1 else 's'} {100 * traffic.share_of(keys):.0f} %" for keys in points
     )
-    first = f"{100 * traffic.first_touch:.1f} %"
     first = f"{100 * traffic.first_touch:.1f} %"
     turnover = "" if traffic.turnover is None else f"; {100 * traffic.turnover:.0f} % of the head changes"
     return [
@@ -417,6 +420,15 @@ def _show_options(advice: Advice) -> None:
     for option in options:
         for words in option.refused:
             emit(f"x {option.name}: {words}")
+
+
+def _how(best: Prediction) -> str:
+    """The options of `parbake serve` for a way."""
+    if best.mode == "static":
+        return "parbake bake BUNDLE --input ROWS --out TABLE, then parbake serve BUNDLE --mode static --table TABLE"
+    if best.mode == "hybrid":
+        return f"parbake serve BUNDLE --mode hybrid --head-rows {best.rows}"
+    return "parbake serve BUNDLE --mode dynamic"
 
 
 def _stale(option: Prediction) -> str:

@@ -68,6 +68,7 @@ EXITS: Final[dict[type[errors.ParbakeError], Exit]] = {
     errors.EnvironmentDiffers: Exit.REFUSED,
     errors.TableError: Exit.DAMAGED,
     errors.TableTorn: Exit.DAMAGED,
+    errors.TableMissing: Exit.NOT_FOUND,
     errors.TableForeign: Exit.REFUSED,
     errors.TableTooNew: Exit.DAMAGED,
     errors.PackRefused: Exit.REFUSED,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -93,6 +94,11 @@ def changes_of(
             f"--name {name} takes one bundle, got {', '.join(targets) or 'none'}",
             hint=f"parbake reload BUNDLE --name {name}",
         )
+    for target in targets:
+        if os.sep in target and not Path(target).is_dir():
+            raise SettingsError(
+                f"no bundle at {target}", hint="parbake reload takes a bundle, or a name that is served"
+            )
     changes = [
         Change(name, bundle=target) if Path(target).is_dir() else Change(name=target) for target in targets
     ]

@@ -19,13 +19,15 @@ _TITLES = (
     "mode",
     "digest",
     "table rows",
+    "learned",
     "requests",
+    "baked",
     "errors",
     "runs in",
     "restarts",
     "owner",
 )
-_NUMBERS = ("table rows", "requests", "errors", "restarts")
+_NUMBERS = ("table rows", "learned", "requests", "baked", "errors", "restarts")
 _DIGEST = len("sha256:") + 12
 
 
@@ -47,7 +49,8 @@ _DIGEST = len("sha256:") + 12
 def command(port: int | None, admin_url: str, token: str, as_json: bool) -> None:
     """Show what a running server serves, since when, in which processes, and what it was asked.
 
-    Requests, errors and restarts are counted since the start of the server.
+    Requests, errors and restarts are counted since the start of the server; "learned" is what hybrid mode keeps by
+    itself now, "baked" the share of rows that were answered without the model.
     """
     from parbake.transports import client
 
@@ -84,7 +87,9 @@ def _row(version: VersionStatus, now: float) -> tuple[str, ...]:
         f"{version.mode} (auto)" if version.auto else version.mode,
         version.digest[:_DIGEST],
         table,
+        f"{version.head_rows:,}" if version.mode == "hybrid" else "-",
         f"{version.requests:,}",
+        f"{100 * version.baked_rows / version.rows:.0f} %" if version.rows else "-",
         f"{version.errors:,}",
         _place(version),
         str(version.runner_restarts),

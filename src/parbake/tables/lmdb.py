@@ -21,7 +21,7 @@ import lmdb
 import msgspec
 
 from parbake.contract.digest import digest_of_file
-from parbake.errors import TableError, TableForeign, TableTooNew, TableTorn
+from parbake.errors import TableError, TableForeign, TableMissing, TableTooNew, TableTorn
 from parbake.tables.model import DATA, FORMAT, LINEAGE, Lineage, is_sealed
 from parbake.tables.ports import Bytes, Records, as_list
 
@@ -209,8 +209,8 @@ def _lineage_bytes(folder: Path) -> bytes:
         if size > _MAX_LINEAGE_BYTES:
             raise TableTorn(f"{target} has {size} bytes, more than the limit of {_MAX_LINEAGE_BYTES}")
         return target.read_bytes()
-    except FileNotFoundError as error:
-        raise TableTorn(
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise TableMissing(
             f"no prediction table at {folder}", hint="parbake bake BUNDLE --input FILE --out TABLE writes one"
         ) from error
     except OSError as error:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from parbake.contract.model import Contract, TensorSpec
-from parbake.errors import TableError, TableForeign, TableTooNew, TableTorn
+from parbake.errors import TableError, TableForeign, TableMissing, TableTooNew, TableTorn
 from parbake.tables.lmdb import is_table, open_table, read_lineage
 from parbake.tables.model import DATA, FORMAT, LINEAGE, Lineage, layout_of, sealed
 from parbake.tables.service import Built, build, check_place, publish
@@ -147,7 +147,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], type[TableError], str]] = {
     "cut short": (_truncate, TableTorn, "has 8192 bytes, the lineage says"),
     "altered": (_alter, TableTorn, "has digest blake2b:"),
     "no data": (lambda t: (t / DATA).unlink(), TableTorn, "cannot be read"),
-    "no lineage": (lambda t: (t / LINEAGE).unlink(), TableTorn, "no prediction table at"),
+    "no lineage": (lambda t: (t / LINEAGE).unlink(), TableMissing, "no prediction table at"),
     "edited lineage": (_edit(bundle_digest="sha256:x"), TableTorn, "was changed after baking"),
     "not JSON": (_write("{"), TableTorn, "not valid JSON"),
     "not an object": (_write("[]"), TableTorn, "not valid JSON"),
@@ -171,7 +171,7 @@ def test_a_table_that_is_not_sound_is_refused_with_what_is_wrong(damage: str, ta
 
 
 def test_a_table_that_is_not_there_is_refused_with_how_to_get_one(tmp_path: Path) -> None:
-    with pytest.raises(TableTorn, match="no prediction table") as caught:
+    with pytest.raises(TableMissing, match="no prediction table") as caught:
         open_table(tmp_path / "none")
     assert "parbake bake" in caught.value.hint
     assert not is_table(tmp_path / "none")

@@ -22,7 +22,7 @@ from parbake.errors import (
     ModelNotFound,
     NotReady,
     ParbakeError,
-    TableTorn,
+    TableMissing,
     VersionNotFound,
 )
 from parbake.runtime.pool import RunnerPool
@@ -154,7 +154,7 @@ def test_a_plan_that_cannot_be_prepared_changes_nothing(
     async def test() -> None:
         here = front()
         await put(here, entry(double))
-        with pytest.raises((TableTorn, BundleTorn)):
+        with pytest.raises((TableMissing, BundleTorn)):
             await here.handle(
                 Prepare(Plan(2, (entry(double), entry(triple, "2"), entry(triple, "3", **changed))))
             )
@@ -278,7 +278,7 @@ def test_what_does_not_load_leaves_no_connection_behind(tmp_path: Path, double: 
             here = front()
             before = asyncio.all_tasks()
             shutil.rmtree(tmp_path / "none", ignore_errors=True)
-            with pytest.raises(TableTorn):
+            with pytest.raises(TableMissing):
                 await here.handle(
                     Prepare(
                         Plan(

@@ -9,7 +9,7 @@ import pytest
 from parbake.app.supervisor import Change
 from parbake.cli.reload import Served, changes_of
 from parbake.contract.bundle import StoredBundle
-from parbake.errors import SettingsError, TableTorn
+from parbake.errors import SettingsError, TableMissing
 
 
 def nobody_asks() -> Served:
@@ -42,7 +42,7 @@ def test_a_table_may_name_its_deployment() -> None:
 
 
 def test_a_table_that_is_not_there_is_refused_before_the_server_is_asked(tmp_path: Path) -> None:
-    with pytest.raises(TableTorn, match="no prediction table at"):
+    with pytest.raises(TableMissing, match="no prediction table at"):
         changes_of([], [str(tmp_path / "no.table")], nobody_asks)
 
 

@@ -32,7 +32,18 @@ def version(name: str, **other: Any) -> VersionStatus:
 def test_each_version_has_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     versions = (
         version("eta", requests=1234567, errors=3, runner_restarts=2, runner_pids=(11, 12)),
-        version("fare", mode="hybrid", table="/t", table_rows=9000, table_expires=900.0, auto=True),
+        version(
+            "fare",
+            mode="hybrid",
+            table="/t",
+            table_rows=9000,
+            table_expires=900.0,
+            auto=True,
+            head_rows=1200,
+            requests=10,
+            rows=40,
+            baked_rows=30,
+        ),
         version("tip", mode="static", table="/t", table_rows=5, table_expires=2000.0, placement="inline"),
         version("small", placement="inline", runner_pids=()),
     )
@@ -45,9 +56,22 @@ def test_each_version_has_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     end = "team@example.com"
     digest = "sha256:0123456789ab"
     assert told == [
-        ["eta", "1", "dynamic", digest, "-", "1,234,567", "3", "2 runners", "2", end],
-        ["fare", "1", "hybrid (auto)", digest, "9,000 expired", "0", "0", "1 runner", "0", end],
-        ["tip", "1", "static", digest, "5", "0", "0", "-", "0", end],
-        ["small", "1", "dynamic", digest, "-", "0", "0", "fronts", "0", end],
+        ["eta", "1", "dynamic", digest, "-", "-", "1,234,567", "-", "3", "2 runners", "2", end],
+        [
+            "fare",
+            "1",
+            "hybrid (auto)",
+            digest,
+            "9,000 expired",
+            "1,200",
+            "10",
+            "75 %",
+            "0",
+            "1 runner",
+            "0",
+            end,
+        ],
+        ["tip", "1", "static", digest, "5", "-", "0", "-", "0", "-", "0", end],
+        ["small", "1", "dynamic", digest, "-", "-", "0", "-", "0", "fronts", "0", end],
     ]
     assert lines[-1] == "not loaded: gone"
