@@ -29,6 +29,7 @@
     |   |-- GoldensDiffer         this machine does not reproduce the goldens
     |   `-- EnvironmentDiffers    libraries that the bundle's code needs have other versions here
     |-- TableError
+    |   |-- TableMissing
     |   |-- TableTorn
     |   |-- TableForeign          lineage names another bundle than the one served
     |   `-- TableTooNew

@@ -93,7 +93,7 @@ def test_status_shows_what_is_served(
         words = done.stdout.splitlines()[-1].split()
         assert words[:3] == ["doubler", "1", "dynamic"]
         assert words[3] == doubler_bundle.digest[:19]
-        assert words[4:7] == ["-", "1", "0"]
+        assert words[4:9] == ["-", "-", "1", "0", "%"]
         as_json = json.loads(parbake("status", "--json", env=environment).stdout)
         assert as_json["versions"][0]["digest"] == doubler_bundle.digest
         assert as_json["versions"][0]["requests"] == 1
