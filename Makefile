@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 ARGS ?=
 
-.PHONY: help demo test lint format bench docs lock clean
+.PHONY: help demo test lint format bench race chaos fuzz docs lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,12 +21,13 @@ demo: $(VENV)/.demo ## Train, pack, bake and serve a real model, and measure it 
 test: $(VENV)/.dev ## Run all tests (ARGS="-k words" for some)
 	@$(BIN)/python -m pytest $(if $(ARGS),,-n auto --dist loadgroup) $(ARGS)
 
-lint: $(VENV)/.dev ## Check style, types, layers, and that the reference pages are up to date
+lint: $(VENV)/.dev ## Check style, types, layers, reference pages, and pins for known vulnerabilities
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check --quiet || { echo 'error: not formatted'; echo 'hint: make format'; exit 1; }
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 	@$(BIN)/python -m docs.generate --check
+	@$(BIN)/python -m tools.audit
 
 format: $(VENV)/.dev ## Format the code and sort the imports
 	@$(BIN)/ruff check --fix-only --quiet
@@ -35,6 +36,16 @@ format: $(VENV)/.dev ## Format the code and sort the imports
 bench: $(VENV)/.dev ## Measure speed and size on this machine
 	@$(BIN)/python -m bench $(ARGS)
 
+race: $(VENV)/.dev ## Measure beside other servers, each installed in .race/ once (ARGS=--quick installs nothing)
+	@$(BIN)/python -m bench race $(ARGS)
+
+chaos: $(VENV)/.dev ## Break a server on purpose, and see whether its promises hold (ARGS=--quick in minutes)
+	@$(BIN)/python -m chaos $(ARGS)
+
+fuzz: $(VENV)/.dev ## Fuzz everything that reads what others wrote, for half an hour (ARGS="--minutes 5")
+	@$(PIP) install atheris==3.0.0
+	@$(BIN)/python -m fuzz $(ARGS)
+
 docs: $(VENV)/.dev ## Write docs/reference from the code
 	@$(BIN)/python -m docs.generate
 
@@ -42,13 +53,13 @@ lock: $(VENV)/.dev ## Pin the newest versions that fit pyproject.toml
 	@$(PIP) install uv
 	@compile() { $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
 		--no-annotate --no-config --custom-compile-command 'make lock' pyproject.toml "$$@"; }; \
-	compile --group dev --extra sklearn --extra lightgbm --extra plots -o requirements/dev.txt; \
+	compile --group dev --extra sklearn --extra lightgbm --extra plots --extra signing -o requirements/dev.txt; \
 	compile -c requirements/dev.txt --group build --extra sklearn -o requirements/demo.txt; \
 	sed -n '/^ml-dtypes/d; s/^\([^# ].*\) \\$$/\1/p' requirements/dev.txt > $(VENV)/versions.txt; \
 	compile -c $(VENV)/versions.txt -o requirements/base.txt
 
 clean: ## Remove everything that make made
-	rm -rf $(VENV) .demo build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .demo .race build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
 # A stamp is as new as the lock that was installed, so a second call starts at once.

@@ -1,4 +1,7 @@
-"""``python -m bench [http|head|advise|cold-start|size|bake]... [--quick]``: all of them without a name."""
+"""``python -m bench [http|head|advise|cold-start|size|bake|race]... [--quick]``.
+
+Without a name everything but the race, which installs other servers and takes ten minutes.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from bench import advise, bench_bake, cold_start, head, http, size
+from bench import advise, bench_bake, cold_start, head, http, race, size
 from bench.clients import client
 from bench.report import ORDER, Section, keep, show
 from parbake.cli.output import emit, say, stages
 
 DOCS: Final = Path(__file__).parents[1] / "docs"
+EVERYTHING: Final = tuple(key for key in ORDER if key != "race")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started = time.perf_counter()
     written = options.out or (None if options.quick else DOCS)
     missed = 0
-    for key in options.what or ORDER:
+    for key in options.what or EVERYTHING:
         with tempfile.TemporaryDirectory(prefix="parbake-bench-") as folder:
             found = _measure(key, Path(folder), options)
         show(found)
@@ -47,7 +51,7 @@ def _options() -> argparse.ArgumentParser:
         prog="python -m bench", description="Measure speed and size on this machine."
     )
     parser.add_argument(
-        "what", nargs="*", choices=[*ORDER, []], help="what to measure  [default: everything]"
+        "what", nargs="*", choices=[*ORDER, []], help="what to measure  [default: everything but the race]"
     )
     parser.add_argument(
         "--quick", action="store_true", help="see that it runs: far too short to tell anything"
@@ -55,9 +59,13 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument(
         "--client", choices=["auto", "wrk", "own"], default="auto", help="what puts the load on"
     )
-    parser.add_argument("--rounds", type=int, default=5, help="rounds over HTTP  [default: 5]")
+    parser.add_argument("--rounds", type=int, help="rounds over HTTP  [default: 5; of the race: 3]")
     parser.add_argument(
         "--seconds", type=float, default=1.0, help="of one measurement over HTTP  [default: 1]"
+    )
+    parser.add_argument(
+        "--peers",
+        help="peers that race, by their folders in bench/peers, with commas between  [default: all]",
     )
     parser.add_argument(
         "--out", type=Path, help="folder to write to  [default: docs; --quick: nothing is written]"
@@ -72,9 +80,19 @@ def _measure(key: str, folder: Path, options: argparse.Namespace) -> Section:
             return http.run(
                 client("own" if quick and options.client == "auto" else options.client),
                 folder,
-                rounds=1 if quick else options.rounds,
+                rounds=1 if quick else options.rounds or 5,
                 seconds=0.2 if quick else options.seconds,
                 quick=quick,
+                say=stage,
+            )
+        if key == "race":
+            return race.run(
+                client("own" if quick and options.client == "auto" else options.client),
+                folder,
+                rounds=1 if quick else options.rounds or 3,
+                seconds=0.3 if quick else options.seconds,
+                quick=quick,
+                peers=None if options.peers is None else options.peers.split(","),
                 say=stage,
             )
         if key == "cold-start":
@@ -83,7 +101,7 @@ def _measure(key: str, folder: Path, options: argparse.Namespace) -> Section:
             return head.run(
                 client("own" if quick and options.client == "auto" else options.client),
                 folder,
-                rounds=1 if quick else options.rounds,
+                rounds=1 if quick else options.rounds or 5,
                 seconds=0.5 if quick else 5.0,
                 quick=quick,
                 say=stage,

@@ -37,7 +37,7 @@ from parbake.monitoring.trace import shifting_keys, zipf_keys
 from parbake.testing import serving
 
 TRACES: Final = Path(__file__).parents[2] / "shared" / "traces"
-_CONSTANT: Final = Path(__file__).parent / "peers" / "constant.py"
+_CONSTANT: Final = Path(__file__).parent / "peers" / "bare" / "server.py"
 _CONNECTIONS: Final = 32
 _MODELS: Final = (("microseconds", 0), ("about 1 ms", 6), ("about 20 ms", 80))
 """What a row takes, about, and the convolutions for that."""

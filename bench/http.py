@@ -22,9 +22,9 @@ from bench.machine import this_machine
 from bench.models import Packed
 from bench.processes import cpu_seconds, peer, with_descendants
 from bench.report import Section, Table, at_least, at_most
+from bench.venvs import PEERS
 from parbake.testing import serving
 
-PEERS: Final = Path(__file__).parent / "peers"
 _PATH: Final = "/v2/models/eta/infer"
 _BARE: Final = "bare loop and parser, constant answer"
 _FASTAPI: Final = "FastAPI + onnxruntime, obvious"
@@ -100,7 +100,7 @@ def run(
     )
     groups: list[tuple[Packed, list[Series]]] = []
     with ExitStack() as stack:
-        process, port = stack.enter_context(peer(PEERS / "constant.py"))
+        process, port = stack.enter_context(peer(PEERS / "bare" / "server.py"))
         bare = Server(_BARE, port, "/", (process.pid,))
         for packed in (micro, *others):
             servers = _servers(stack, packed, all_modes=packed is micro)
@@ -143,7 +143,7 @@ def _servers(stack: ExitStack, packed: Packed, *, all_modes: bool) -> list[Serve
     pids = with_descendants(server.process.pid)
     servers = [Server(what, server.port, f"/v2/models/way{i}/infer", pids) for i, what in enumerate(ways)]
     if find_spec("fastapi") and find_spec("uvicorn"):
-        process, port = stack.enter_context(peer(PEERS / "fastapi_obvious.py", str(packed.onnx)))
+        process, port = stack.enter_context(peer(PEERS / "fastapi" / "server.py", str(packed.onnx)))
         servers.append(Server(_FASTAPI, port, _PATH, (process.pid,)))
     for item in servers:
         _check(item, packed)
@@ -157,7 +157,7 @@ def _check(server: Server, packed: Packed) -> None:
         request = urllib.request.Request(url, packed.bodies[i], {"content-type": "application/json"})
         with urllib.request.urlopen(request, timeout=30) as reply:
             got = json.load(reply)["outputs"][0]["data"]
-        # The obvious handler lets onnxruntime use all cores, which may change last bits.
+        # Another way through the graph may change last bits.
         allowed = 1e-6 if server.what == _FASTAPI else 0.0
         if any(abs(a - b) > allowed * abs(b) for a, b in zip(got, packed.answers[i], strict=True)):
             raise RuntimeError(f"{server.what} answers {got}, the model {packed.answers[i]}")

@@ -25,6 +25,7 @@ from msgspec import Struct
 Outputs: TypeAlias = list[list[Any]]
 """The values of one prediction: the ``data`` of each output of the Open Inference Protocol, in order."""
 
+JSON: Final = {"content-type": "application/json"}
 _MOST_HEADS: Final = 1024
 _GRACE_S: Final = 30.0
 
@@ -44,6 +45,7 @@ class Load(Struct, frozen=True):
     expected: tuple[Outputs, ...] = ()
     """The right answer to each body; without them a 200 is all that is asked for."""
     host: str = "127.0.0.1"
+    headers: dict[str, str] = msgspec.field(default_factory=lambda: dict(JSON))
 
 
 class Measured(Struct, frozen=True):
@@ -116,7 +118,8 @@ class _Run:
     """The state that all connections share."""
 
     def __init__(self, load: Load) -> None:
-        head = f"POST {load.path} HTTP/1.1\r\nhost: {load.host}:{load.port}\r\ncontent-type: application/json\r\n"
+        lines = "".join(f"{name}: {value}\r\n" for name, value in load.headers.items())
+        head = f"POST {load.path} HTTP/1.1\r\nhost: {load.host}:{load.port}\r\n{lines}"
         self._requests = [
             f"{head}content-length: {len(body)}\r\n\r\n".encode() + body for body in load.bodies
         ]
@@ -274,8 +277,8 @@ async def _drive(load: Load) -> Measured:
     return Measured(
         requests=len(latencies),
         seconds=seconds,
-        p50_ms=_percentile_ms(latencies, 0.50),
-        p99_ms=_percentile_ms(latencies, 0.99),
+        p50_ms=percentile_ms(latencies, 0.50),
+        p99_ms=percentile_ms(latencies, 0.99),
         busy=busy / seconds,
         right=run.right,
         wrong=run.wrong,
@@ -287,7 +290,7 @@ async def _drive(load: Load) -> Measured:
     )
 
 
-def _percentile_ms(ordered: list[float], share: float) -> float:
+def percentile_ms(ordered: list[float], share: float) -> float:
     """The smallest of some seconds that at least this share of them does not exceed, in milliseconds (nearest rank)."""
     return ordered[max(math.ceil(share * len(ordered)), 1) - 1] * 1e3 if ordered else math.nan
 

@@ -10,11 +10,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
 _TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
+_ROOT: Final = Path(__file__).parents[1]
 _START_S: Final = 60.0
 
 
@@ -36,6 +37,7 @@ def peer(script: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[str],
     port = free_port()
     process = subprocess.Popen(
         [sys.executable, str(script), *arguments, str(port)],
+        env={**os.environ, "PYTHONPATH": str(_ROOT)},
         stdin=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -88,6 +90,17 @@ def cpu_seconds(pids: Sequence[int]) -> float:
         if fields := _stat(pid):
             total += int(fields[11]) + int(fields[12])
     return total / _TICKS_PER_S
+
+
+def proportional_bytes(pids: Sequence[int]) -> int:
+    """Memory of processes together; a page that n processes share counts as an nth for each (PSS)."""
+    total = 0
+    for pid in pids:
+        with suppress(OSError):
+            for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+                if line.startswith("Pss:"):
+                    total += int(line.split()[1]) * 1024
+    return total
 
 
 def _stat(pid: int) -> list[str]:

@@ -11,7 +11,7 @@ from msgspec import Struct
 from bench.machine import Machine
 from parbake.cli.output import emit, emit_table, emit_title
 
-ORDER: Final = ("http", "head", "advise", "cold-start", "size", "bake")
+ORDER: Final = ("http", "race", "head", "advise", "cold-start", "size", "bake")
 _PAGE: Final = "benchmarks.md"
 _FIGURES: Final = "benchmarks.json"
 
@@ -90,10 +90,11 @@ def keep(section: Section, folder: Path) -> None:
 def page(sections: list[Section]) -> str:
     """The sections as Markdown."""
     lines = [
-        "<!-- Written by `make bench`: run it again to change it. -->",
+        "<!-- Written by `make bench` and `make race`: run them again to change it. -->",
         "# Benchmarks",
         "",
-        "Written by `make bench`. Times differ from machine to machine; compare the ratios, which come from one run.",
+        "Written by `make bench` and `make race`. Times differ from machine to machine; compare the",
+        "ratios, as they come from one run.",
         "The unrounded figures are in [benchmarks.json](benchmarks.json).",
     ]
     for section in sections:

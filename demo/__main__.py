@@ -272,6 +272,10 @@ def _stay(server: Server, folder: Path) -> None:
         server.stop()
         emit()
         return
+    if status == 0:
+        # Somebody asked it to stop, and it has.
+        emit()
+        return
     raise Disagreement(f"the server ended with {status}: {server.log()[-2000:]}")
 
 

@@ -97,9 +97,20 @@ def _cli() -> Iterator[str]:
         command = group.get_command(root, name)
         assert command is not None
         yield f"## parbake {name}\n"
-        yield _help(
-            click.Context(command, root, info_name=name, terminal_width=WIDTH, max_content_width=WIDTH)
+        context = click.Context(
+            command,
+            root,
+            info_name=name,
+            terminal_width=WIDTH,
+            max_content_width=WIDTH,
+            help_option_names=names,
         )
+        yield _help(context)
+        for part, below in command.commands.items() if isinstance(command, click.Group) else ():
+            yield f"### parbake {name} {part}\n"
+            yield _help(
+                click.Context(below, context, info_name=part, terminal_width=WIDTH, max_content_width=WIDTH)
+            )
     yield "## Exit codes\n"
     yield from _table(("code", "meaning"), ((str(int(code)), code.meaning) for code in Exit))
 
@@ -314,7 +325,7 @@ def _metrics() -> Iterator[str]:
         ServerState(0.0, 1, 0, 1),
         [VersionState("eta", "1", "hybrid", "sha256:", 1, 1.0)],
         [RunnerState("eta", "1", 0, 1)],
-        AllCounts((VersionCounts("eta", "1", stats.counts(0), HeadCounts()),), 0, {}, LogRows()),
+        AllCounts((VersionCounts("eta", "1", stats.counts(0), HeadCounts()),), 0, {}, LogRows(), {"team": 1}),
         {"eta": Traffic(1, Estimate(1, 1, 1), 0.0, 1.0, (), 0.0, 0.0, 0.0)},
     )
     rows = []

@@ -72,3 +72,25 @@ def write_scaled(
     goldens = Goldens({"x": x}, {"y": x * np.float32(factor)})
     files = {"model.onnx": onnx.SerializeToString()}
     return write_bundle(path, contract, files, goldens, capture(), replace=replace)
+
+
+def large_bundle(folder: Path, megabytes: int) -> StoredBundle:
+    """A model that takes so much memory and answers with what it is asked."""
+    rng = np.random.default_rng(0)
+    weights = rng.normal(size=(2, megabytes * 1024 * 128)).astype(np.float32)
+    onnx = models.model(
+        [
+            helper.make_node("MatMul", ["x", "w"], ["wide"]),
+            helper.make_node("ReduceMax", ["wide"], ["most"], keepdims=1, axes=[1]),
+            helper.make_node("Add", ["x", "most"], ["y"]),
+        ],
+        [models.tensor("x", models.FLOAT, ("N", 2))],
+        [models.tensor("y", models.FLOAT, ("N", 2))],
+        {"w": weights},
+        opset=13,
+    )
+    contract = Contract("large", (X,), (Y,), (Step("onnx", "model.onnx"),), purpose="is large", owner="test")
+    nothing = Goldens({"x": np.empty((0, 2), np.float32)}, {"y": np.empty((0, 2), np.float32)})
+    return write_bundle(
+        folder / "large.bundle", contract, {"model.onnx": onnx.SerializeToString()}, nothing, capture()
+    )

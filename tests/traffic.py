@@ -14,6 +14,8 @@ from typing import Any, Final
 
 from parbake.app.bake import bake
 from parbake.contract.bundle import StoredBundle
+from parbake.testing import Server
+from parbake.transports import client
 
 Ask = Callable[[int], tuple[str, bytes]]
 """Path and body of the n-th request of a caller."""
@@ -179,3 +181,21 @@ def is_there(pid: int) -> bool:
     except OSError:
         return False
     return status.rpartition(")")[2].split()[0] != "Z"
+
+
+def busy(url: str, path: str) -> bool:
+    """Whether a row that comes now has to wait. The row is a new one: an answer to an old one may be kept."""
+    row = (1, time.monotonic() % 1000)
+    return once(url, path, infer(row), parbake_deadline_ms="100").status == 504
+
+
+def memory_mb(server: Server) -> float:
+    """Resident memory that belongs to the server's processes alone, in MB."""
+    now = client.status(port=server.port)
+    pids = [now.pid, *now.front_pids, *(pid for version in now.versions for pid in version.runner_pids)]
+    total = 0
+    for pid in pids:
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith(("Private_Dirty:", "Private_Clean:")):
+                total += int(line.split()[1])
+    return total / 1024

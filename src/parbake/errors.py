@@ -8,7 +8,9 @@
     |   |-- InvalidInput          wrong name, datatype, shape or value of a tensor or column
     |   |-- RequestTooLarge       over a size limit
     |   |-- RowRejected           the model's own code refused the row (it raised ValueError)
-    |   |-- NotAllowed            needs a token, or is switched off
+    |   |   `-- RowQuarantined    the model's process ended over this row before
+    |   |-- Unauthenticated       no API key, or one that is not known
+    |   |-- NotAllowed            needs a token or another key, or is switched off
     |   `-- Conflict              not in this state (load of something that was never configured, ...)
     |-- NotFound
     |   |-- ModelNotFound
@@ -18,6 +20,7 @@
     |   `-- KeyNotBaked           static mode, key not in the prediction table
     |-- Unavailable               try again later; has retry_after_s
     |   |-- Overloaded            the queue is full, or the deadline cannot be met
+    |   |-- RateLimited           this client asks more often than its API key allows
     |   |-- DeadlineExceeded      work was accepted but did not finish in time
     |   |-- RunnerDown            the model's process is being restarted
     |   `-- NotReady              starting, draining or unloaded
@@ -26,6 +29,7 @@
     |   |-- BundleTorn            a file is missing, cut short or not readable
     |   |-- BundleAltered         content does not match the digest
     |   |-- BundleTooNew          written by a newer format
+    |   |-- BundleUnsigned        no valid signature by a key that is trusted here
     |   |-- GoldensDiffer         this machine does not reproduce the goldens
     |   `-- EnvironmentDiffers    libraries that the bundle's code needs have other versions here
     |-- TableError
@@ -96,8 +100,20 @@ class RowRejected(InvalidRequest):
     code = "row_rejected"
 
 
+class RowQuarantined(RowRejected):
+    """The model's process ended, or hung, over this row more than once; it is not tried again for a while."""
+
+    code = "row_quarantined"
+
+
+class Unauthenticated(InvalidRequest):
+    """An API key is needed, and none was given or it is not known."""
+
+    code = "unauthenticated"
+
+
 class NotAllowed(InvalidRequest):
-    """A token is needed, or the operation is switched off."""
+    """A token or another API key is needed, or the operation is switched off."""
 
     code = "not_allowed"
 
@@ -166,6 +182,12 @@ class Overloaded(Unavailable):
     code = "overloaded"
 
 
+class RateLimited(Unavailable):
+    """The client asks more often than its API key allows; nobody else is concerned."""
+
+    code = "rate_limited"
+
+
 class DeadlineExceeded(Unavailable):
     """The answer did not come within the deadline."""
 
@@ -212,6 +234,12 @@ class BundleTooNew(BundleError):
     """Written in a format newer than this parbake knows."""
 
     code = "bundle_too_new"
+
+
+class BundleUnsigned(BundleError):
+    """No key that is trusted here has signed the bundle."""
+
+    code = "bundle_unsigned"
 
 
 class GoldensDiffer(BundleError):

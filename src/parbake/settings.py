@@ -91,6 +91,16 @@ class ServerSettings(Struct, frozen=True, forbid_unknown_fields=True):
     ] = 0
     tls_cert: Annotated[str, Option("PEM file of the certificate; turns on TLS.", "FILE")] = ""
     tls_key: Annotated[str, Option("PEM file of the certificate's key.", "FILE")] = ""
+    tls_client_ca: Annotated[
+        str,
+        Option(
+            "PEM file of the authority whose certificates clients must have; without it none is asked for.",
+            "FILE",
+        ),
+    ] = ""
+    api_keys: Annotated[
+        str, Option("File of API keys (parbake keys); with it every request for a model needs one.", "FILE")
+    ] = ""
     repository_api: Annotated[
         Literal["local", "token", "off"],
         Option(
@@ -111,6 +121,20 @@ class ServerSettings(Struct, frozen=True, forbid_unknown_fields=True):
     drain_timeout_s: Annotated[
         float, Option("Time given to accepted requests when stopping.", "SECONDS"), msgspec.Meta(ge=0)
     ] = 30.0
+    trusted_keys: Annotated[
+        str,
+        Option(
+            "Public keys, as a folder or a file; only bundles signed by one of them (parbake sign) are run.",
+            "PATH",
+        ),
+    ] = ""
+    runner_network: Annotated[
+        bool,
+        Option("Let models in processes of their own see the network; without it Linux takes it from them."),
+    ] = False
+    runner_user: Annotated[
+        str, Option("User that models' processes run as, where the server runs as root.", "USER")
+    ] = ""
     allow_pickle: Annotated[bool, Option("Load bundles that hold a pickle (it can run any code).")] = False
     allow_mismatch: Annotated[
         bool, Option("Serve bundles whose required libraries have other versions here.")
@@ -151,11 +175,17 @@ class ServerSettings(Struct, frozen=True, forbid_unknown_fields=True):
     ] = 30 * 24 * 3600.0
 
     def __post_init__(self) -> None:
-        """Refuse half of a TLS pair."""
+        """Refuse what is no TLS without the rest."""
         if bool(self.tls_cert) != bool(self.tls_key):
             given, missing = ("tls_cert", "tls_key") if self.tls_cert else ("tls_key", "tls_cert")
             raise ValueError(f"{given} is given without {missing}")
+        if self.tls_client_ca and not self.tls_cert:
+            raise ValueError("tls_client_ca is given without tls_cert and tls_key")
 
+
+DEFAULT_ANSWER: Final = "default"
+LAST_ANSWER: Final = "last"
+"""The fallbacks that are no other deployment."""
 
 DEADLINE_MS: Final = 10_000.0
 """The deadline where neither the deployment nor its contract has one."""
@@ -183,10 +213,27 @@ class DeploymentSettings(Struct, frozen=True, forbid_unknown_fields=True):
             "MS",
         ),
     ] = None
+    fallback: Annotated[
+        str,
+        Option(
+            "What answers where the model cannot in time, or at all: default (the contract's), last (what was "
+            "answered last for the same key), or the name of another deployment.",
+            "NAME",
+        ),
+    ] = ""
     placement: Annotated[
         Placement, Option("Where the model runs: in the front, in a process of its own, or as measured.")
     ] = "auto"
     runners: Annotated[int, Option("Runner processes per version.", "N"), msgspec.Meta(ge=1)] = 1
+    max_runner_bytes: Annotated[
+        int,
+        Option(
+            "Memory of a runner beyond which another process takes its place; 0: half of what this machine, or "
+            "container, has.",
+            "BYTES",
+        ),
+        msgspec.Meta(ge=0),
+    ] = 0
     threads: Annotated[
         int, Option("Threads per runner; 0 shares the CPU quota out.", "N"), msgspec.Meta(ge=0)
     ] = 0
@@ -224,6 +271,10 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True):
     deployments: tuple[DeploymentSettings, ...] = ()
 
 
+_PATHS: Final = ("tls_cert", "tls_key", "tls_client_ca", "api_keys", "trusted_keys", "prediction_log")
+"""Settings of the server that are paths."""
+
+
 def read_settings(path: Path) -> Settings:
     """Read parbake.toml; relative paths in it are taken from its folder. Raises `SettingsError`."""
     try:
@@ -235,7 +286,7 @@ def read_settings(path: Path) -> Settings:
     deployments = content.get("deployments", [])
     for deployment in deployments if isinstance(deployments, list) else []:
         _from_folder(path.parent, deployment, ("bundle", "table"))
-    _from_folder(path.parent, content.get("server"), ("tls_cert", "tls_key", "prediction_log"))
+    _from_folder(path.parent, content.get("server"), _PATHS)
     try:
         return msgspec.convert(content, Settings)
     except msgspec.ValidationError as error:

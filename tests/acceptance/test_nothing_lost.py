@@ -97,12 +97,11 @@ def test_a_killed_runner_stops_nobody_else(pack: Pack, parbake: Parbake) -> None
                 noted.json() == multiplied(rows[i % 8], factor) for i, noted in enumerate(caller.noted)
             )
 
-        # And the rest got 503 with Retry-After, for less than a second
-        assert tail.failures
-        assert {noted.status for noted in tail.failures} == {503}
+        # And the rest waited, or got 503 with Retry-After, for less than a second
+        assert {noted.status for noted in tail.failures} <= {503}
         assert all(int(noted.headers["retry-after"]) >= 1 for noted in tail.failures)
         assert all(noted.json()["code"] == "runner_down" for noted in tail.failures)
-        last = tail.failures[-1].ended
+        last = max([at, *(noted.ended for noted in tail.failures)])
         back = next(noted.ended for noted in tail.noted if noted.status == 200 and noted.ended > last)
         assert back - at < 1.0
         assert runners_of(server, "first") != (killed,)

@@ -10,12 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 from msgspec.structs import replace
-from onnx import helper
 
 from parbake.app.supervisor import Change
-from parbake.contract.bundle import Goldens, StoredBundle, read_bundle, write_bundle
-from parbake.contract.environment import capture
-from parbake.contract.model import Contract, Step
+from parbake.contract.bundle import Goldens, read_bundle
 from parbake.errors import (
     BundleAltered,
     BundleTorn,
@@ -29,9 +26,8 @@ from parbake.errors import (
 )
 from parbake.testing import Server, serving
 from parbake.transports import client
-from tests import models
-from tests.functions import X, Y, write_function, write_scaled
-from tests.traffic import Call, Caller, answer, bake_rows, calling, infer, rows, wait_for
+from tests.functions import large_bundle, write_function, write_scaled
+from tests.traffic import Call, Caller, answer, bake_rows, calling, infer, memory_mb, rows, wait_for
 
 ROWS = [(1.0, 2.0), (3.0, 4.0), (5.0, 6.0), (7.0, 8.0)]
 ASKED = [rows("scaled", ROWS[0], ROWS[2]), rows("scaled", ROWS[1]), rows("scaled", ROWS[3], ROWS[0])]
@@ -256,18 +252,6 @@ def test_a_table_that_goes_bad_does_not_keep_another_model_from_being_unloaded(t
         call.close()
 
 
-def memory_mb(server: Server) -> float:
-    """Resident memory that belongs to the server's processes alone, in MB."""
-    now = client.status(port=server.port)
-    pids = [now.pid, *now.front_pids, *(pid for version in now.versions for pid in version.runner_pids)]
-    total = 0
-    for pid in pids:
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith(("Private_Dirty:", "Private_Clean:")):
-                total += int(line.split()[1])
-    return total / 1024
-
-
 @pytest.mark.parametrize("placement", ["inline", "process"])
 def test_memory_comes_back_when_a_model_is_unloaded(tmp_path: Path, placement: str) -> None:
     small = write_scaled(tmp_path / "small.bundle", 2, name="small")
@@ -286,28 +270,6 @@ def test_memory_comes_back_when_a_model_is_unloaded(tmp_path: Path, placement: s
         wait_for(lambda: memory_mb(server) < unloaded + 25, "for the memory of three loads")
         assert answer(call("/v2/models/small/infer", infer((1, 2)))) == [2.0, 4.0]
         call.close()
-
-
-def large_bundle(folder: Path, megabytes: int) -> StoredBundle:
-    """A model that takes so much memory and answers with what it is asked."""
-    rng = np.random.default_rng(0)
-    weights = rng.normal(size=(2, megabytes * 1024 * 128)).astype(np.float32)
-    onnx = models.model(
-        [
-            helper.make_node("MatMul", ["x", "w"], ["wide"]),
-            helper.make_node("ReduceMax", ["wide"], ["most"], keepdims=1, axes=[1]),
-            helper.make_node("Add", ["x", "most"], ["y"]),
-        ],
-        [models.tensor("x", models.FLOAT, ("N", 2))],
-        [models.tensor("y", models.FLOAT, ("N", 2))],
-        {"w": weights},
-        opset=13,
-    )
-    contract = Contract("large", (X,), (Y,), (Step("onnx", "model.onnx"),), purpose="is large", owner="test")
-    nothing = Goldens({"x": np.empty((0, 2), np.float32)}, {"y": np.empty((0, 2), np.float32)})
-    return write_bundle(
-        folder / "large.bundle", contract, {"model.onnx": onnx.SerializeToString()}, nothing, capture()
-    )
 
 
 def test_two_versions_of_a_name_are_served_side_by_side(tmp_path: Path) -> None:

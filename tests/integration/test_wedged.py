@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -9,7 +11,7 @@ from pathlib import Path
 from parbake.testing import serving
 from parbake.transports import client
 from tests.functions import write_function, write_scaled
-from tests.traffic import Call, Noted, answer, bake_rows, calling, infer, is_there, once, rows, wait_for
+from tests.traffic import Call, Noted, answer, bake_rows, busy, calling, infer, is_there, once, rows, wait_for
 
 SLEEPS = """
 import time
@@ -96,7 +98,34 @@ def test_who_waits_behind_a_long_batch_is_answered_by_his_own_deadline(tmp_path:
         assert answer(second(path, infer((1, 2)))) == [2.0, 4.0]
 
 
-def busy(url: str, path: str) -> bool:
-    """Whether a row that comes now has to wait. The row is a new one: an answer to an old one may be kept."""
-    row = (1, time.monotonic() % 1000)
-    return once(url, path, infer(row), parbake_deadline_ms="100").status == 504
+def test_a_runner_that_hangs_while_nobody_asks_is_found_and_replaced(tmp_path: Path) -> None:
+    bundle = write_function(tmp_path, "def predict(x):\n    return x * 2\n")
+    with serving(bundle.path, workers=2, deadline_ms=500) as server, Call(server.url) as call:
+        assert call("/v2/health/ready").status == 200
+        (pid,) = client.status(port=server.port).versions[0].runner_pids
+        os.kill(pid, signal.SIGSTOP)
+        stopped = time.monotonic()
+        # Nobody says ready for a model that cannot answer.
+        wait_for(lambda: call("/v2/health/ready").status == 503)
+        wait_for(lambda: not is_there(pid))
+        wait_for(lambda: call("/v2/health/ready").status == 200)
+        assert answer(call("/v2/models/function/infer", infer((8, 9)))) == [16.0, 18.0]
+        took_s = time.monotonic() - stopped
+        (version,) = client.status(port=server.port).versions
+        log = server.log()
+    assert version.runner_restarts == 1, log
+    assert "runner.wedged" in log
+    # By its deadline, a probe's time, and a start; not by luck.
+    assert took_s < 30
+
+
+def test_a_front_that_hangs_is_replaced(tmp_path: Path) -> None:
+    bundle = write_scaled(tmp_path / "scaled.bundle", 3)
+    with serving(bundle.path, workers=2) as server:
+        first, _ = client.status(port=server.port).front_pids
+        os.kill(first, signal.SIGSTOP)
+        wait_for(lambda: not is_there(first))
+        wait_for(lambda: client.status(port=server.port).front_restarts == 1)
+        with Call(server.url) as call:
+            assert answer(call("/v2/models/scaled/infer", infer((8, 9)))) == [24.0, 27.0]
+        assert "front.wedged" in server.log()

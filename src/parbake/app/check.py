@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ import numpy as np
 from parbake.contract.bundle import StoredBundle, read_bundle
 from parbake.contract.datatypes import FLOATS
 from parbake.contract.environment import Difference, capture, differences
-from parbake.errors import ParbakeError
+from parbake.contract.signatures import PublicKey, Signed, check_signed, look_at
+from parbake.errors import BundleUnsigned, ParbakeError
 from parbake.runtime.session import Session, differing_rows
 
 
@@ -33,6 +35,10 @@ class CheckReport:
     """The first differing golden, in words."""
     differences: tuple[Difference, ...] = ()
     """What of the environment is not as it was; required libraries first."""
+    signatures: tuple[Signed, ...] = ()
+    """Who signed the bundle."""
+    trusted: bool | None = None
+    """Whether one of those who are trusted has; None where nobody asked."""
     error: str = ""
     """Why the check went no further, in one line."""
     hint: str = ""
@@ -45,11 +51,17 @@ class CheckReport:
     @property
     def ok(self) -> bool:
         """Whether this machine may serve the bundle."""
-        return self.digest_ok and self.environment_ok and not self.error and self.differing_rows == 0
+        promises = self.digest_ok and self.environment_ok and self.trusted is not False
+        return promises and not self.error and self.differing_rows == 0
 
 
-def check(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> CheckReport:
-    """Check the bundle at ``path``: its digest, the environment, and every golden. Never raises for a bad one."""
+def check(
+    path: str | os.PathLike[str], *, allow_pickle: bool = False, trusted: Sequence[PublicKey] | None = None
+) -> CheckReport:
+    """Check the bundle at ``path``: its digest, the environment, and every golden. Never raises for a bad one.
+
+    With ``trusted`` keys, nothing of a bundle that none of them has signed is run.
+    """
     where = Path(path)
     try:
         stored = read_bundle(where)
@@ -57,6 +69,23 @@ def check(path: str | os.PathLike[str], *, allow_pickle: bool = False) -> CheckR
         return CheckReport(where, error=_words(error), hint=error.hint)
     except OSError as error:
         return CheckReport(where, error=f"{where} cannot be read: {error.strerror}")
+    signed = CheckReport(where, stored.contract.name, stored.digest, True)
+    try:
+        signed = replace(signed, signatures=look_at(stored, trusted or ()))
+        if trusted is not None:
+            check_signed(stored, trusted)
+            signed = replace(signed, trusted=True)
+    except BundleUnsigned as error:
+        return replace(signed, trusted=False, error=_words(error), hint=error.hint)
+    except ParbakeError as error:
+        return replace(signed, error=_words(error), hint=error.hint)
+    return replace(
+        _promises(where, stored, allow_pickle), signatures=signed.signatures, trusted=signed.trusted
+    )
+
+
+def _promises(where: Path, stored: StoredBundle, allow_pickle: bool) -> CheckReport:
+    """What a bundle whose digest is right keeps of its promises."""
     found = tuple(differences(stored.environment, capture()))
     name, digest = stored.contract.name, stored.digest
     try:

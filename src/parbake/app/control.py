@@ -11,6 +11,7 @@ from typing import Final
 import msgspec
 from msgspec import Struct
 
+from parbake.app.keys import ApiKey
 from parbake.app.plan import Placed, Plan
 from parbake.errors import NotReady, ParbakeError, by_code
 from parbake.logs import log
@@ -18,6 +19,13 @@ from parbake.serving.stats import Counts
 from parbake.settings import ServerSettings
 
 _LIMIT_BYTES: Final = 64 * 1024 * 1024
+
+
+class UseKeys(Struct, frozen=True, tag=True):
+    """To a front: the API keys in force from now on; ``rates`` is a file with a number for each."""
+
+    keys: tuple[ApiKey, ...]
+    rates: str
 
 
 class Configure(Struct, frozen=True, tag=True):
@@ -30,6 +38,8 @@ class Configure(Struct, frozen=True, tag=True):
     at_once: bool = True
     """Whether to accept connections now, or with the first plan: a front that takes the place of one that died
     would only say that it is not ready."""
+    keys: UseKeys | None = None
+    """None where requests need none."""
 
 
 class Ping(Struct, frozen=True, tag=True):
@@ -137,6 +147,8 @@ class AllCounts(Struct, frozen=True, tag=True):
     refused: dict[str, int] = {}
     """Requests that reached no deployment, by error code."""
     log: LogRows | None = None
+    clients: dict[str, int] = {}
+    """Requests that were let in, by the name of their API key."""
 
 
 class GetProfiles(Struct, frozen=True, tag=True):
@@ -196,6 +208,7 @@ class Failed(Struct, frozen=True, tag=True):
 
 Message = (
     Configure
+    | UseKeys
     | Ping
     | Prepare
     | Prepared

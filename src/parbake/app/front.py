@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import gc
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -31,7 +32,7 @@ from parbake.app.control import (
     Wedged,
 )
 from parbake.app.plan import Placed, Plan, PlanEntry
-from parbake.app.wiring import monitor_of, open_table, table_facts
+from parbake.app.wiring import hold_table, monitor_of, open_table, table_facts
 from parbake.contract.bundle import StoredBundle, read_bundle
 from parbake.contract.record import Records
 from parbake.errors import (
@@ -51,11 +52,13 @@ from parbake.runtime.costs import BatchCost
 from parbake.runtime.runner import check_digest, check_environment, time_one_row
 from parbake.runtime.session import Session, check_goldens
 from parbake.serving.defaults import default_record
+from parbake.serving.fallback import Fallback, LastAnswers
 from parbake.serving.head import Head
 from parbake.serving.service import ServedVersion
 from parbake.serving.stats import Stats
 from parbake.serving.warm import Handover, Warmer, takes
-from parbake.settings import ServerSettings
+from parbake.settings import DEFAULT_ANSWER, LAST_ANSWER, ServerSettings
+from parbake.tables.lease import Lease
 
 _INLINE_BYTES: Final = 64 * 1024 * 1024
 """Larger models are not copied into every front."""
@@ -86,6 +89,8 @@ class Slot:
     recorder: Recorder | None = None
     idling: asyncio.Task[None] | None = None
     """Bakes in idle moments."""
+    lease: Lease | None = None
+    """Tells before somebody changes the table where it lies."""
 
 
 class Front:
@@ -104,8 +109,14 @@ class Front:
         self.channel: Channel | None = None
         self.draining = False
         self.connections: Callable[[], int] = lambda: 0
+        self.discreet = False
+        """Whether not every caller may know what is served."""
+        self.clients: Callable[[], dict[str, int]] = dict
+        """Requests that were let in, by client."""
         self.refused: dict[str, int] = {}
         self._tending: asyncio.Task[None] | None = None
+        self._leasing = False
+        """Whether this process is told of changes to tables."""
         self._monitor: Monitor | None = None
 
     # What transports ask ---------------------------------------------------------------------------
@@ -136,7 +147,8 @@ class Front:
                     retry_after_s=5.0,
                 )
             names = ", ".join(dict.fromkeys(slot.served.name for slot in self._slots)) or "none"
-            raise ModelNotFound(f"no model {name[:80]!r}", hint=f"models here: {names}")
+            hint = "the index shows what there is" if self.discreet else f"models here: {names}"
+            raise ModelNotFound(f"no model {name[:80]!r}", hint=hint)
         if not version:
             return found[-1]
         for served in found:
@@ -148,6 +160,9 @@ class Front:
     def configure(self, settings: ServerSettings, number: int) -> None:
         """Take the settings in that concern the front as a whole. Raises `SettingsError`."""
         self._monitor = monitor_of(settings, number)
+        # Once, before there is any model: what is frozen with an old version in it would never be given back, and
+        # looking at all libraries again holds up every caller for tens of milliseconds.
+        settle_memory()
 
     # What the supervisor asks ----------------------------------------------------------------------
 
@@ -163,6 +178,8 @@ class Front:
             # What is in force was not loaded for this plan, and stays.
             self._release([slot for slot in prepared if slot not in self._slots])
             self._sessions.clear()
+            return Done()
+        if isinstance(message, Ping):
             return Done()
         if isinstance(message, GetCounts):
             return self._counts()
@@ -209,7 +226,7 @@ class Front:
 
     async def _place(self, entry: PlanEntry) -> Placed:
         """Decide by measurement whether a model belongs into this process."""
-        bundle = read_bundle(entry.bundle, verify=False)
+        bundle = read_bundle(entry.bundle, verify=entry.verify)
         size = sum(item.bytes for item in bundle.manifest.files)
         # Code of its own may crash, hang or hold the interpreter's lock: never where the requests come in.
         if bundle.contract.own_code or size > _INLINE_BYTES:
@@ -245,7 +262,7 @@ class Front:
         return session
 
     async def _load(self, entry: PlanEntry) -> Slot:
-        bundle = read_bundle(entry.bundle, verify=False)
+        bundle = read_bundle(entry.bundle, verify=entry.verify)
         check_digest(bundle, entry.digest)
         contract = bundle.contract
         default = default_record(contract, Records(contract))
@@ -273,7 +290,7 @@ class Front:
                 else:
                     runners = [self._connect(entry, path) for path in entry.sockets]
                     backends.extend(runners)
-                    longest_s = min(entry.deadline_ms / 2000, _LONGEST_BATCH_S)
+                    longest_s = min(entry.deadline_ms / 4000, _LONGEST_BATCH_S)
                 batcher = Batcher(
                     contract,
                     backends,
@@ -312,12 +329,54 @@ class Front:
             head=head,
             recorder=recorder,
         )
+        served.fallback = self._fallback(entry, default)
         slot = Slot(entry, served, runners, recorder=recorder)
+        if table is not None:
+            slot.lease = self._hold(entry)
         if head is not None and batcher is not None:
             slot.warmer = Warmer(served, head, batcher)
         if entry.table_expires:
             self._expire_in_time(slot)
         return slot
+
+    def _hold(self, entry: PlanEntry) -> Lease | None:
+        """Be told before the table of a version is changed where it lies."""
+        if not self._leasing:
+            try:
+                # Without a handler the signal would end the process.
+                self._loop.add_signal_handler(signal.SIGIO, self._give_tables_up)
+            except (NotImplementedError, RuntimeError, ValueError):
+                # Not in the main thread: a server in a notebook, say.
+                return None
+            self._leasing = True
+        return hold_table(Path(entry.table))
+
+    def _give_tables_up(self) -> None:
+        """Somebody is about to change a table: let go of it before a page of it goes, and this process with it."""
+        for slot in [*self._slots, *(slot for slots in self._prepared.values() for slot in slots)]:
+            if slot.lease is None or not slot.lease.broken:
+                continue
+            log().error(
+                "table.lost",
+                deployment=slot.entry.name,
+                table=slot.entry.table,
+                hint="it is being changed where it lies: bake or copy it again, then parbake reload",
+            )
+            slot.served.lose_table()
+            slot.lease.close()
+            slot.lease = None
+        self._on_change()
+
+    def _fallback(self, entry: PlanEntry, default: bytes | None) -> Fallback | None:
+        """What answers where the model of a version cannot."""
+        name = entry.fallback
+        if not name:
+            return None
+        if name == DEFAULT_ANSWER:
+            return Fallback(name, default=default)
+        if name == LAST_ANSWER:
+            return Fallback(name, last=LastAnswers())
+        return Fallback(name, other=lambda: self.find(name))
 
     def _head(self, entry: PlanEntry, freshness_s: float | None) -> Head | None:
         """What a version learns to keep baked, in hybrid mode."""
@@ -423,7 +482,6 @@ class Front:
         self._on_change()
         if self._tending is None:
             self._tending = self._loop.create_task(self._tend())
-        settle_memory()
         kept = {id(slot) for slot in slots}
         gone = [slot for slot in old if id(slot) not in kept]
         while any(slot.served.pending for slot in gone):
@@ -435,15 +493,19 @@ class Front:
     def _release(self, slots: list[Slot]) -> None:
         for slot in slots:
             slot.served.closed = True
-            slot.served.batcher = None
+            batcher, slot.served.batcher = slot.served.batcher, None
             if slot.idling is not None:
                 slot.idling.cancel()
             for backend in slot.backends:
                 backend.close()
+            if batcher is not None:
+                batcher.close()
             if slot.recorder is not None and self._monitor is not None:
                 self._monitor.retire(slot.recorder)
             if slot.served.table is not None:
                 slot.served.table.close()
+            if slot.lease is not None:
+                slot.lease.close()
         if slots:
             slots.clear()
             give_memory_back()
@@ -459,6 +521,7 @@ class Front:
             self.connections(),
             dict(self.refused),
             self._log_rows(),
+            self.clients(),
         )
 
     def _log_rows(self) -> LogRows | None:
@@ -518,9 +581,7 @@ def settle_memory() -> None:
 
 def give_memory_back() -> None:
     """Collect garbage and hand freed memory back to the operating system."""
-    gc.unfreeze()
     gc.collect()
-    gc.freeze()
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         # musl has no such function, and gives memory back by itself.

@@ -93,6 +93,7 @@ class _Page(Collector):
         yield from self._of_heads()
         yield from self._of_runners()
         yield from self._of_requests()
+        yield from self._of_clients()
         yield from self._of_traffic()
         yield from self._of_log()
 
@@ -204,11 +205,26 @@ class _Page(Collector):
         yield GaugeMetricFamily("parbake_log_files", "Files of the prediction log.", rows.files)
         yield GaugeMetricFamily("parbake_log_bytes", "Size of the prediction log.", rows.bytes)
 
+    def _of_clients(self) -> Iterator[Metric]:
+        if not self._counts.clients:
+            return
+        requests = CounterMetricFamily(
+            "parbake_client_requests", "Requests let in, by the name of their API key.", labels=("client",)
+        )
+        for client, count in sorted(self._counts.clients.items()):
+            requests.add_metric([client], count)
+        yield requests
+
     def _of_requests(self) -> Iterator[Metric]:
         requests = CounterMetricFamily(
             "parbake_requests",
             "Requests by outcome; the reason is the code of the error.",
             labels=(*_LABELS, "outcome", "reason"),
+        )
+        rescued = CounterMetricFamily(
+            "parbake_fallbacks",
+            "Requests that the fallback answered; the reason is the code of the error in whose place it did.",
+            labels=(*_LABELS, "reason"),
         )
         rows = CounterMetricFamily("parbake_rows", "Rows answered.", labels=_LABELS)
         hits = CounterMetricFamily(
@@ -229,6 +245,8 @@ class _Page(Collector):
             for outcome, count in sorted(item.counts.outcomes.items()):
                 failed = outcome != "ok"
                 requests.add_metric([*labels, "error" if failed else "ok", outcome if failed else ""], count)
+            for code, count in sorted(item.counts.rescued.items()):
+                rescued.add_metric([*labels, code], count)
             rows.add_metric(labels, item.counts.rows)
             hits.add_metric(labels, item.counts.baked_rows)
             batches.add_metric(labels, _buckets(item.counts.batches, BATCH_BOUNDS), item.counts.batches.sum)
@@ -236,6 +254,7 @@ class _Page(Collector):
                 histogram = item.counts.stages[stage]
                 latency.add_metric([*labels, stage], _buckets(histogram, BOUNDS_S), histogram.sum)
         yield requests
+        yield rescued
         yield rows
         yield hits
         yield batches

@@ -32,10 +32,14 @@ class PlanEntry(Struct, frozen=True):
     threads: int = 1
     allow_pickle: bool = False
     allow_mismatch: bool = False
+    verify: bool = False
+    """Whether every process that loads the bundle holds its files against the digest: it was trusted for that."""
     head_rows: int = 0
     """Budget of the learned head, in each front."""
     head_bytes: int = 0
     warm_s: float = 0.0
+    fallback: str = ""
+    """What answers where the model cannot: ``default``, ``last``, or the name of another deployment."""
 
 
 class Plan(Struct, frozen=True):

@@ -43,12 +43,16 @@ from parbake.app.control import (
     StopListening,
     Text,
     Unload,
+    UseKeys,
     VersionCounts,
     Wedged,
 )
+from parbake.app.keys import read_keys
 from parbake.app.plan import Placed, Plan, PlanEntry
 from parbake.app.wiring import TableFacts, open_table, table_facts
 from parbake.contract.bundle import StoredBundle, read_bundle
+from parbake.contract.model import TensorSpec
+from parbake.contract.signatures import check_signed, read_trusted
 from parbake.errors import (
     BundleError,
     Conflict,
@@ -60,9 +64,18 @@ from parbake.errors import (
     TableForeign,
 )
 from parbake.logs import log
-from parbake.runtime import cpu
+from parbake.runtime import cpu, memory
+from parbake.runtime.confine import Confinement
 from parbake.runtime.pool import Runner, RunnerPool, end_process
-from parbake.settings import DEADLINE_MS, DeploymentSettings, Mode, Settings, WantedMode
+from parbake.settings import (
+    DEADLINE_MS,
+    DEFAULT_ANSWER,
+    LAST_ANSWER,
+    DeploymentSettings,
+    Mode,
+    Settings,
+    WantedMode,
+)
 
 if TYPE_CHECKING:
     from parbake.app.auto import Pilot
@@ -75,6 +88,11 @@ _LONGEST_RESTART_S: Final = 5.0
 _START_S: Final = 30.0
 _COUNTS_TIMEOUT_S: Final = 2.0
 _COUNTS_EVERY_S: Final = 5.0
+_CHECK_EVERY_S: Final = 1.0
+_GROWN: Final = 1.5
+"""How many times as large as after its start a runner must be to be replaced for its size."""
+_SILENT_S: Final = 2.5
+"""A front that does not answer twice for this long hangs, and is replaced."""
 
 
 @dataclass(slots=True)
@@ -186,7 +204,12 @@ class Supervisor:
                 "nothing to serve", hint="parbake serve BUNDLE..., or [[deployments]] in parbake.toml"
             )
         self.settings = settings
-        self._pool = RunnerPool(folder)
+        self._folder = folder
+        self._keys: UseKeys | None = None
+        """API keys in force; None where requests need none."""
+        self._pool = RunnerPool(
+            folder, Confinement(settings.server.runner_network, settings.server.runner_user)
+        )
         self._targets = [_target(d) for d in settings.deployments]
         self._listener: socket.socket | None = None
         self._grpc_reserved: socket.socket | None = None
@@ -205,6 +228,8 @@ class Supervisor:
         self._lock = asyncio.Lock()
         self._stopping = False
         self._tasks: set[asyncio.Task[None]] = set()
+        self._watchers: set[asyncio.Task[None]] = set()
+        """Of the fronts, those too that start one again."""
         self.started = time.time()
         self.port = 0
         self.grpc_port: int | None = None
@@ -213,6 +238,7 @@ class Supervisor:
 
     async def start(self) -> None:
         """Start everything, and return when every model answers. Raises `ParbakeError`; then call `stop`."""
+        self._keys = self._read_keys(1)
         self._listener = listen(self.settings.server.host, self.settings.server.port)
         self.port = self._listener.getsockname()[1]
         if self.settings.server.grpc_port is not None:
@@ -230,7 +256,7 @@ class Supervisor:
             )
             self._fronts = [front for front in fronts if isinstance(front, FrontProcess)]
             for front in self._fronts:
-                front.watcher = asyncio.create_task(self._watch(front))
+                front.watcher = self._watcher(front)
             resolved = await resolving
             for front_or_error in fronts:
                 if isinstance(front_or_error, BaseException):
@@ -238,6 +264,8 @@ class Supervisor:
             await self._apply(resolved)
         self._spawn(self._poll_counts())
         self._spawn(self._follow_advice())
+        self._spawn(self._check_fronts())
+        self._spawn(self._check_runners())
 
     async def stop(self, *, drain: bool = True) -> None:
         """Drain the fronts (answer what was accepted), then end all processes."""
@@ -258,9 +286,10 @@ class Supervisor:
             for result in await asyncio.gather(*calls, return_exceptions=True):
                 if isinstance(result, BaseException):
                     log().warning("front.not_drained", error=str(result))
+        # Those too that start one again: nobody else would end it.
+        for watcher in list(self._watchers):
+            watcher.cancel()
         for front in self._fronts:
-            if front.watcher is not None:
-                front.watcher.cancel()
             await end_process(front.process)
             front.channel.close()
         await self._pool.close()
@@ -285,11 +314,13 @@ class Supervisor:
         Where changes are given, only the deployments that they name are looked at.
 
         Callers notice nothing: the old versions answer until the new ones are warm. Raises `ParbakeError`, and
-        then everything stays as it was.
+        then everything stays as it was; but API keys, which are read again too, are in force if they were valid.
         """
         async with self._lock:
             self._refuse_if_stopping()
             started = time.perf_counter()
+            # First: who may ask no more shall not wait for a bundle that has a fault.
+            await self._renew_keys()
             targets = [replace(target) for target in self._targets]
             old = {(e.name, e.version): e for e in self._plan.entries}
             named = [await asyncio.to_thread(self._change, targets, change) for change in changes]
@@ -307,6 +338,40 @@ class Supervisor:
                 "reloaded", generation=self._plan.generation, changed=list(changed), ms=round(seconds * 1000)
             )
             return Reloaded(self._plan.generation, changed, seconds)
+
+    def _read_keys(self, number: int) -> UseKeys | None:
+        """The API keys, and a file of that number for what fronts count together. Raises `SettingsError`."""
+        if not self.settings.server.api_keys:
+            return None
+        keys = read_keys(Path(self.settings.server.api_keys))
+        if not keys:
+            log().warning("keys.none", file=self.settings.server.api_keys, hint="parbake keys add NAME")
+        rates = self._folder / f"rates-{number}"
+        rates.touch(0o600)
+        rates.write_bytes(bytes(8 * max(len(keys), 1)))
+        return UseKeys(keys, str(rates))
+
+    async def _renew_keys(self) -> None:
+        """Read the API keys again, and put them in force in all fronts. Raises `SettingsError`."""
+        before = self._keys
+        if before is None:
+            return
+        number = int(Path(before.rates).name.partition("-")[2]) + 1
+        keys = self._keys = await asyncio.to_thread(self._read_keys, number)
+        if keys is None:
+            return
+        fronts = list(self._fronts)
+        results = await asyncio.gather(
+            *(front.channel.call(keys, 2 * _SILENT_S) for front in fronts), return_exceptions=True
+        )
+        for front, result in zip(fronts, results, strict=True):
+            if isinstance(result, BaseException):
+                log().error("front.without_keys", number=front.number, error=str(result))
+                # It must not go on with keys that are no longer in force.
+                _kill(front.process)
+        Path(before.rates).unlink(missing_ok=True)
+        if keys.keys != before.keys:
+            log().info("keys.read", clients=len(keys.keys))
 
     async def set_loaded(self, name: str, loaded: bool) -> None:
         """Load a configured deployment (again, if it is), or unload it; the others stay as they are.
@@ -475,6 +540,9 @@ class Supervisor:
         ``only`` names the deployments to be looked at (none: all); of the others what is in force stays.
         """
         resolved = Resolved()
+        trusted_keys = self.settings.server.trusted_keys
+        # Each time anew: whoever is trusted no more has nothing taken in.
+        trusted = read_trusted(Path(trusted_keys)) if trusted_keys else ()
         entries = resolved.entries
         in_force = {(entry.name, entry.version): entry for entry in self._plan.entries}
         numbers: dict[str, int] = {}
@@ -493,6 +561,8 @@ class Supervisor:
                 continue
             path = str(Path(target.bundle).resolve())
             bundle = read_bundle(path)
+            if trusted_keys:
+                check_signed(bundle, trusted)
             has_pickle = any(step.kind == "pickle" for step in bundle.contract.steps)
             if has_pickle and not self.settings.server.allow_pickle:
                 raise SettingsError(
@@ -549,12 +619,48 @@ class Supervisor:
                     threads=settings.threads or max(1, cpu.quota() // (total * runs)),
                     allow_pickle=self.settings.server.allow_pickle,
                     allow_mismatch=self.settings.server.allow_mismatch,
+                    verify=bool(trusted_keys),
                     head_rows=settings.head_rows if mode == "hybrid" else 0,
                     head_bytes=settings.head_bytes if mode == "hybrid" else 0,
                     warm_s=settings.warm_s if mode == "hybrid" else 0.0,
+                    fallback=settings.fallback,
                 )
             )
+        for entry in entries:
+            self._check_fallback(entry, resolved)
         return resolved
+
+    def _check_fallback(self, entry: PlanEntry, resolved: Resolved) -> None:
+        """Raise `SettingsError` where a version could not be answered for by its fallback."""
+        if not entry.fallback or entry.fallback == LAST_ANSWER:
+            return
+        contract = resolved.bundles[(entry.name, entry.version)].contract
+        if entry.fallback == DEFAULT_ANSWER:
+            if contract.default is None:
+                raise SettingsError(
+                    f"the contract of {entry.name!r} has no default to fall back to",
+                    hint="parbake pack --default, or another fallback",
+                )
+            return
+        others = [e for e in resolved.entries if e.name == entry.fallback and e.name != entry.name]
+        if not others:
+            # One that is not loaded now may be again; until then the error stands.
+            if any(t.name == entry.fallback != entry.name for t in self._targets):
+                return
+            raise SettingsError(
+                f"{entry.name!r} falls back to {entry.fallback!r}, which is no other deployment",
+                hint="default, last, or the name of another deployment",
+            )
+        other = resolved.bundles[(others[-1].name, others[-1].version)].contract
+        for what, ours, theirs in (
+            ("inputs", contract.inputs, other.inputs),
+            ("outputs", contract.outputs, other.outputs),
+        ):
+            if [_form(spec) for spec in ours] != [_form(spec) for spec in theirs]:
+                raise SettingsError(
+                    f"{entry.name!r} cannot fall back to {entry.fallback!r}: their {what} differ",
+                    hint="a fallback takes the same inputs and gives the same outputs, in the same order",
+                )
 
     def _verify_table(self, target: Target, bundle: StoredBundle) -> tuple[TableFacts, int]:
         """What tells this table from others, and the number of its keys. Raises `TableError`."""
@@ -662,6 +768,7 @@ class Supervisor:
                 threads=entry.threads,
                 allow_pickle=entry.allow_pickle,
                 allow_mismatch=entry.allow_mismatch,
+                verify=entry.verify,
             )
             started.append(runner)
             return runner
@@ -702,13 +809,23 @@ class Supervisor:
         self._starting.add(process)
         try:
             channel = await Channel.open(ours, self._handle)
-            await channel.call(Configure(self.settings.server, self.grpc_port, number, at_once), _START_S)
+            await channel.call(
+                Configure(self.settings.server, self.grpc_port, number, at_once, self._keys), _START_S
+            )
         except BaseException:
             _kill(process)
             raise
         finally:
             self._starting.discard(process)
         return FrontProcess(number, process, channel)
+
+    def _watcher(self, front: FrontProcess) -> asyncio.Task[None]:
+        """What starts a front again when it ends."""
+        watcher = asyncio.create_task(self._watch(front))
+        # The loop does not keep tasks, and by then the front, which has it, is among those gone: garbage, mid-start.
+        self._watchers.add(watcher)
+        watcher.add_done_callback(self._watchers.discard)
+        return watcher
 
     async def _watch(self, front: FrontProcess) -> None:
         """Start a front again when it ends."""
@@ -744,8 +861,51 @@ class Supervisor:
                     replacement.channel.close()
                 continue
             self._front_restarts += 1
-            replacement.watcher = asyncio.create_task(self._watch(replacement))
+            replacement.watcher = self._watcher(replacement)
             return
+
+    async def _check_fronts(self) -> None:
+        """Replace fronts that are there and do nothing: nobody else would notice."""
+        while True:
+            await asyncio.sleep(_CHECK_EVERY_S)
+            await asyncio.gather(*(self._check(front) for front in list(self._fronts)))
+
+    async def _check_runners(self) -> None:
+        """Replace runners that grow too large, while they still work: the kernel would choose its own moment."""
+        half = memory.limit() // 2
+        while True:
+            await asyncio.sleep(_CHECK_EVERY_S)
+            for entry, runners in list(self._runners.items()):
+                settings = next(
+                    (t.settings for t in self._targets if (t.name, t.version) == (entry.name, entry.version)),
+                    None,
+                )
+                most = (settings.max_runner_bytes if settings is not None else 0) or half
+                for runner in runners:
+                    size = memory.resident(runner.pid) if runner.pid is not None else 0
+                    # A model that is too large by itself would be so again.
+                    if size <= most or size < _GROWN * runner.first_bytes:
+                        continue
+                    log().warning(
+                        "runner.too_large", deployment=entry.name, pid=runner.pid, bytes=size, limit=most
+                    )
+                    try:
+                        await self._pool.renew(runner)
+                    except Exception as error:
+                        log().error("runner.not_renewed", deployment=entry.name, error=str(error))
+
+    async def _check(self, front: FrontProcess) -> None:
+        # Twice, because on a machine that slept every time is up at once.
+        for _ in range(2):
+            try:
+                await front.channel.call(Ping(), _SILENT_S)
+                return
+            except NotReady:
+                if front.channel.closed.is_set() or front.process.returncode is not None:
+                    # It ended, and whoever watches it knows.
+                    return
+        log().error("front.wedged", number=front.number, pid=front.process.pid, silent_s=2 * _SILENT_S)
+        _kill(front.process)
 
     async def _catch_up(self, front: FrontProcess) -> None:
         """Have a front that was started late serve what the others serve.
@@ -753,20 +913,26 @@ class Supervisor:
         A change may be under way: if it comes into force meanwhile, the front follows it.
         """
         while True:
-            plan = self._plan
+            plan, keys = self._plan, self._keys
             if not plan.generation:
                 return
+            if keys is not None:
+                await front.channel.call(keys)
             try:
                 await front.channel.call(Prepare(plan))
             except (BundleError, TableError) as error:
-                # Bundle or table were replaced where they lay. Callers get 503 until a reload looks at them again.
-                names = tuple(dict.fromkeys(entry.name for entry in plan.entries))
+                # Bundle or table were changed where they lay. Callers of these get 503 until a reload looks at them.
+                rest = await asyncio.to_thread(what_is_sound, plan)
                 log().error(
-                    "front.without_models", number=front.number, error=str(error), hint="parbake reload"
+                    "front.without_models",
+                    number=front.number,
+                    error=str(error),
+                    without=[name for name in rest.unloaded if name not in plan.unloaded],
+                    hint="parbake reload",
                 )
-                await front.channel.call(Prepare(Plan(plan.generation, (), (*plan.unloaded, *names))))
+                await front.channel.call(Prepare(rest))
             await front.channel.call(Commit(plan.generation))
-            if plan is self._plan:
+            if plan is self._plan and keys is self._keys:
                 return
 
     async def _handle(self, message: Message) -> Message:
@@ -936,6 +1102,39 @@ def _runs_the_same(now: PlanEntry, entry: PlanEntry) -> bool:
     return all(getattr(now, name) == getattr(entry, name) for name in names)
 
 
+def _form(spec: TensorSpec) -> tuple[object, ...]:
+    """What callers see of a tensor."""
+    return spec.name, spec.datatype, spec.shape
+
+
+def what_is_sound(plan: Plan) -> Plan:
+    """A plan without the versions whose bundle or table is not what it was. Reads files: call it in a thread.
+
+    A version of hybrid mode does without its table.
+    """
+    entries: list[PlanEntry] = []
+    for entry in plan.entries:
+        try:
+            if read_bundle(entry.bundle, verify=False).digest != entry.digest:
+                continue
+        except BundleError:
+            continue
+        if entry.table:
+            path = Path(entry.table)
+            try:
+                open_table(path, bundle_digest=entry.digest, verify=False).close()
+                sound = table_facts(path).digest == entry.table_digest
+            except TableError:
+                sound = False
+            if not sound and entry.mode != "hybrid":
+                continue
+            if not sound:
+                entry = msgspec.structs.replace(entry, table="", table_digest="", table_expires=0.0)
+        entries.append(entry)
+    lost = [entry.name for entry in plan.entries if all(entry.name != e.name for e in entries)]
+    return Plan(plan.generation, tuple(entries), tuple(dict.fromkeys((*plan.unloaded, *lost))))
+
+
 def _kill(process: asyncio.subprocess.Process) -> None:
     if process.returncode is None:
         process.kill()
@@ -958,9 +1157,13 @@ def add_counts(parts: Sequence[AllCounts]) -> AllCounts:
                 merged[key] = msgspec.json.decode(msgspec.json.encode(item), type=VersionCounts)
         for code, count in part.refused.items():
             refused[code] = refused.get(code, 0) + count
+    clients: dict[str, int] = {}
+    for part in parts:
+        for client, count in part.clients.items():
+            clients[client] = clients.get(client, 0) + count
     logs = [part.log for part in parts if part.log is not None]
     rows = functools.reduce(LogRows.plus, logs) if logs else None
-    return AllCounts(tuple(merged.values()), sum(part.connections for part in parts), refused, rows)
+    return AllCounts(tuple(merged.values()), sum(part.connections for part in parts), refused, rows, clients)
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -12,6 +12,8 @@ from parbake.monitoring.service import Monitor
 from parbake.serving.ports import PredictionTable
 from parbake.settings import ServerSettings
 from parbake.tables import lmdb
+from parbake.tables.lease import Lease, take_lease
+from parbake.tables.model import DATA
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +30,11 @@ def open_table(path: Path, *, bundle_digest: str, verify: bool) -> PredictionTab
     Raises `TableTorn`, `TableForeign` or `TableTooNew`.
     """
     return lmdb.open_table(path, bundle_digest=bundle_digest, verify=verify)
+
+
+def hold_table(path: Path) -> Lease | None:
+    """Have the process told, by SIGIO, before somebody changes a published table where it lies; None: not possible."""
+    return take_lease(path / DATA)
 
 
 def table_facts(path: Path) -> TableFacts:

@@ -89,7 +89,11 @@ class TextSource:
         header = self._decode(raw, 1).rstrip("\r\n")
         errors: list[InputFileError] = []
         for delimiter in _DELIMITERS:
-            names = [cell.strip() for cell in next(csv.reader([header], delimiter=delimiter), [])]
+            try:
+                names = [cell.strip() for cell in next(csv.reader([header], delimiter=delimiter), [])]
+            except csv.Error as error:
+                errors.append(InputFileError(f"the header is no CSV: {error}", path=self._name))
+                continue
             try:
                 bindings, extra = bind(contract, names, self._name)
             except InputFileError as error:
@@ -207,9 +211,12 @@ class CsvReader:
         needed = list(layout.needed)
         try:
             table = pyarrow.csv.read_csv(
-                pa.BufferReader(payload),
+                # A first value that begins with what marks UTF-8 would lose it: pyarrow takes that off once.
+                pa.BufferReader(_BOM + payload if payload.startswith(_BOM) else payload),
                 read_options=pyarrow.csv.ReadOptions(
-                    column_names=list(layout.header), use_threads=False, block_size=len(payload) + 1
+                    column_names=list(layout.header),
+                    use_threads=False,
+                    block_size=len(payload) + len(_BOM) + 1,
                 ),
                 parse_options=pyarrow.csv.ParseOptions(
                     delimiter=layout.delimiter, newlines_in_values=True, invalid_row_handler=note
@@ -226,6 +233,14 @@ class CsvReader:
                 f"cannot be read as CSV: {(str(error).splitlines() or [''])[0]}", path=where_of(layout, first)
             ) from error
         lines = record_lines(payload, first, layout.delimiter)
+        batches = table.combine_chunks().to_batches()
+        batch = batches[0] if batches else pa.RecordBatch.from_pylist([], schema=table.schema)
+        if batch.num_rows + len(odd) != len(lines):
+            raise InputFileError(
+                f"the {len(lines)} records from here on are read as {batch.num_rows + len(odd)}",
+                path=where_of(layout, first),
+                hint="is a quote not closed, or not doubled inside a quoted value?",
+            )
         # pyarrow counts records from 1, and leaves blank lines out, as we do.
         bad = tuple(
             BadRow(
@@ -237,14 +252,6 @@ class CsvReader:
         )
         if odd:
             lines = np.delete(lines, [number - 1 for number in odd])
-        batches = table.combine_chunks().to_batches()
-        batch = batches[0] if batches else pa.RecordBatch.from_pylist([], schema=table.schema)
-        if batch.num_rows != len(lines):
-            raise InputFileError(
-                f"the {len(lines)} records from here on are read as {batch.num_rows}",
-                path=where_of(layout, first),
-                hint="is a quote not closed, or not doubled inside a quoted value?",
-            )
         yield Rows(batch, lines, bad)
 
 

@@ -15,6 +15,7 @@ from parbake.errors import BundleError
 
 if TYPE_CHECKING:
     from parbake.app.check import CheckReport
+    from parbake.contract.signatures import Signed
 
 ABSENT: Final = "not installed"
 """What `parbake.contract.environment` says of a library that is not here."""
@@ -23,10 +24,19 @@ ABSENT: Final = "not installed"
 @click.command(cls=Command, short_help="Verify a bundle on this machine: digest, goldens, environment.")
 @click.argument("bundle", type=BUNDLE)
 @pickle_option
+@click.option(
+    "--trusted-keys",
+    type=click.Path(path_type=Path),
+    envvar="PARBAKE_TRUSTED_KEYS",
+    metavar="PATH",
+    help="Public keys, as a folder or a file: one of them must have signed the bundle.",
+)
 @json_option
 @click.pass_context
-def command(ctx: click.Context, /, bundle: Path, allow_pickle: bool, as_json: bool) -> None:
-    """Verify a bundle on this machine: digest, goldens, environment.
+def command(
+    ctx: click.Context, /, bundle: Path, allow_pickle: bool, trusted_keys: Path | None, as_json: bool
+) -> None:
+    """Verify a bundle on this machine: digest, signatures, goldens, environment.
 
     Exits with 1 where the bundle would not be served here.
     """
@@ -38,7 +48,12 @@ def command(ctx: click.Context, /, bundle: Path, allow_pickle: bool, as_json: bo
             f"{bundle} is a prediction table, not a bundle",
             hint=f"parbake inspect {bundle} shows what it holds",
         )
-    report = check(bundle, allow_pickle=allow_pickle)
+    trusted = None
+    if trusted_keys is not None:
+        from parbake.contract.signatures import read_trusted
+
+        trusted = read_trusted(trusted_keys)
+    report = check(bundle, allow_pickle=allow_pickle, trusted=trusted)
     if as_json:
         emit_json({**asdict(report), "path": str(report.path), "ok": report.ok})
     else:
@@ -77,7 +92,9 @@ def checks(report: CheckReport) -> list[tuple[str, bool | None, str]]:
             report.digest if report.digest_ok else "the content is not what was packed",
         )
     ]
-    if not report.digest_ok:
+    if report.signatures or report.trusted is not None:
+        found.append(("signature", report.trusted, "; ".join(map(_signed, report.signatures)) or "none"))
+    if not report.digest_ok or report.trusted is False:
         return [*found, ("environment", None, "not reached"), ("goldens", None, "not reached")]
     required = sum(item.required for item in report.differences)
     other = len(report.differences) - required
@@ -95,6 +112,18 @@ def checks(report: CheckReport) -> list[tuple[str, bool | None, str]]:
     if report.max_abs_diff:
         words += f", largest difference {report.max_abs_diff:g}"
     return [*found, ("goldens", True, words)]
+
+
+def _signed(one: Signed) -> str:
+    if one.valid is None:
+        return f"by key {one.key_id}, not verified: pip install 'parbake[signing]'"
+    if not one.valid:
+        return f"key {one.key_id} has not signed this bundle"
+    return (
+        f"by {one.name} (key {one.key_id}), {one.signed}"
+        if one.name
+        else f"by key {one.key_id}, {one.signed}"
+    )
 
 
 def _mark(passed: bool | None) -> str:

@@ -44,6 +44,8 @@ MANIFEST: Final = "manifest.json"
 CONTRACT: Final = "contract.json"
 ENVIRONMENT: Final = "environment.json"
 GOLDENS: Final = "goldens.bin"
+SIGNATURES: Final = "signatures.json"
+"""Beside the bundle's files, and none of them: see `parbake.contract.signatures`."""
 
 _T = TypeVar("_T")
 
@@ -223,7 +225,7 @@ def read_bundle(path: str | Path, *, verify: bool = True) -> StoredBundle:
         _check_file(path, entry, verify)
     if verify:
         for extra in _files_of(path):
-            if extra not in listed and extra != MANIFEST:
+            if extra not in listed and extra not in (MANIFEST, SIGNATURES):
                 raise BundleAltered(
                     f"{path / extra} is not part of the bundle", hint="remove the file, or pack again"
                 )
@@ -318,5 +320,5 @@ def _read(root: Path, name: str, limit: int) -> bytes:
 def _decode(raw: bytes, kind: type[_T], where: Path) -> _T:
     try:
         return msgspec.json.decode(raw, type=kind)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BundleTorn(f"{where}: {error}") from error

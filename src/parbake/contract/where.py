@@ -16,5 +16,7 @@ DEFAULT: Final = 4
 """With the default that static mode has for keys that were never baked."""
 REFUSED: Final = 5
 """Not answered."""
+FALLBACK: Final = 6
+"""In the model's place, because it could not."""
 
-NAMES: Final = ("table", "head", "model", "joined", "default", "refused")
+NAMES: Final = ("table", "head", "model", "joined", "default", "refused", "fallback")

@@ -201,7 +201,7 @@ def read_frames(file: BinaryIO) -> Iterator[pa.RecordBatch]:
         try:
             with pa.ipc.open_stream(body) as stream:
                 batches = list(stream)
-        except pa.ArrowException as error:
+        except (pa.ArrowException, OSError) as error:
             raise ValueError(f"rows cannot be read: {error}") from error
         yield from batches
 

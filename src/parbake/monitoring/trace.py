@@ -163,7 +163,7 @@ def _csv(data: bytes, path: Path, column: str) -> Any:
             include_columns=[name], column_types={name: pa.string()}, null_values=[]
         )
         return pa.csv.read_csv(pa.BufferReader(data), convert_options=options).column(name)
-    except pa.ArrowException as error:
+    except (pa.ArrowException, UnicodeDecodeError) as error:
         raise InputFileError(
             f"a trace cannot be read: {error}", path=str(path), hint="is it a CSV file with a header line?"
         ) from error

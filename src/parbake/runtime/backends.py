@@ -15,6 +15,10 @@ from parbake.runtime.batcher import Outcome, runner_down
 from parbake.runtime.session import Session
 
 _RECONNECT_S: Final = 0.02
+_PROBE_S: Final = 1.0
+"""How often a runner without a batch is asked whether it is still there."""
+_LATE_S: Final = 1.0
+"""A probe that is not answered for this long, and four of the longest batches, is a bad sign."""
 
 
 class InlineBackend:
@@ -22,7 +26,7 @@ class InlineBackend:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self.up = True
+        self.up = self.answers = True
 
     def run(
         self, raws: Sequence[bytes], rows: int, shapes: tuple[Shape, ...], done: Callable[[Outcome], None]
@@ -46,7 +50,8 @@ class RunnerBackend(asyncio.Protocol):
     """One connection to a runner, with at most one batch in flight.
 
     It connects again by itself whenever the runner comes back under the same path. A batch that takes longer
-    than ``wedged_s`` fails, and ``on_wedged`` is called: the supervisor ends such a runner.
+    than ``wedged_s`` fails, and ``on_wedged`` is called: the supervisor ends such a runner. One that has nothing to
+    do is probed, so that a process that hangs is found before somebody needs it.
     """
 
     def __init__(
@@ -66,20 +71,38 @@ class RunnerBackend(asyncio.Protocol):
         self._on_down: Callable[[], None] = lambda: None
         self._on_wedged = on_wedged
         self._transport: asyncio.Transport | None = None
+        self._greeted: asyncio.Transport | None = None
+        """A connection whose other end has not said anything yet."""
         self._buffer = bytearray()
         self._done: Callable[[Outcome], None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._rows = 0
         self._row_s = 0.0
         """Time of one row in the slowest of the last batches."""
+        self._said_up = False
+        """Whether `_on_up` was called, and not yet `_on_down`."""
         self._closed = False
         self._next_id = 0
+        self._probe_id = 0
+        """Of a probe that has not been answered; 0 for none."""
+        self._probed_at = 0.0
+        self._longest_s = 0.0
+        """Time of the longest batch so far."""
+        self._probing: asyncio.TimerHandle | None = None
         self._connecting: asyncio.Task[None] | None = None
 
     @property
     def up(self) -> bool:
         """Whether the runner is connected."""
         return self._transport is not None
+
+    @property
+    def answers(self) -> bool:
+        """Whether the runner is connected, and was there when it was asked last."""
+        late_s = _LATE_S + 4 * self._longest_s
+        return self._transport is not None and not (
+            self._probe_id and self._loop.time() - self._probed_at > late_s
+        )
 
     def watch(self, *, on_up: Callable[[], None], on_down: Callable[[], None]) -> None:
         """Call these whenever the runner has come, and when it has gone."""
@@ -93,7 +116,7 @@ class RunnerBackend(asyncio.Protocol):
             self._connecting = self._loop.create_task(self._connect())
 
     async def _connect(self) -> None:
-        while not self._closed and self._transport is None:
+        while not self._closed and self._transport is None and self._greeted is None:
             try:
                 await self._loop.create_unix_connection(lambda: self, self._path)
             except OSError:
@@ -103,8 +126,11 @@ class RunnerBackend(asyncio.Protocol):
     def close(self) -> None:
         """Close for good. A batch in flight fails."""
         self._closed = True
-        if self._transport is not None:
-            self._transport.close()
+        if self._probing is not None:
+            self._probing.cancel()
+        for transport in (self._transport, self._greeted):
+            if transport is not None:
+                transport.close()
         if self._connecting is not None:
             self._connecting.cancel()
 
@@ -125,22 +151,54 @@ class RunnerBackend(asyncio.Protocol):
         self._transport.writelines(wire.request_frame(self._next_id, rows, raws, shapes))
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """The runner accepted."""
-        self._transport = transport  # type: ignore[assignment]  # a stream transport
+        """The kernel accepted: also for a process that is about to end, or hangs. A probe tells."""
+        self._greeted = transport  # type: ignore[assignment]  # a stream transport
         self._buffer.clear()
-        self._on_up()
+        self._send_probe(self._greeted)
+        if self._probing is None:
+            self._probing = self._loop.call_later(_PROBE_S, self._probe)
+
+    def _send_probe(self, transport: asyncio.Transport | None) -> None:
+        if transport is not None:
+            self._next_id += 1
+            self._probe_id, self._probed_at = self._next_id, self._loop.time()
+            transport.writelines(wire.request_frame(self._probe_id, 0, (), ()))
+
+    def _probe(self) -> None:
+        """Ask a runner that has nothing to do whether it is still there."""
+        self._probing = self._loop.call_later(_PROBE_S, self._probe)
+        # A batch in flight has its own time limit.
+        if self._done is not None or (self._transport is None and self._greeted is None):
+            return
+        if not self._probe_id:
+            self._send_probe(self._transport)
+            return
+        # It may be busy with the batch of another front.
+        waited_s = self._loop.time() - self._probed_at
+        if waited_s > self._wedged_s + 4 * self._longest_s:
+            self._wedged(waited_s)
 
     def data_received(self, data: bytes) -> None:
-        """Bytes of a reply."""
-        frame = data
-        if self._buffer or wire.frame_length(data) != len(data):
-            self._buffer += data
-            length = wire.frame_length(self._buffer)
-            if length is None or len(self._buffer) < length:
-                return
-            frame = bytes(self._buffer)
-            self._buffer.clear()
+        """Bytes of a reply, or of two: one to a probe, and one to the batch that was sent after it."""
+        if not self._buffer and wire.frame_length(data) == len(data):
+            self._reply(data)
+            return
+        buffer = self._buffer
+        buffer += data
+        while (length := wire.frame_length(buffer)) is not None and len(buffer) >= length:
+            frame = bytes(memoryview(buffer)[:length])
+            del buffer[:length]
+            self._reply(frame)
+
+    def _reply(self, frame: bytes) -> None:
         request_id, status, seconds, raws, shapes = wire.read_reply(frame)
+        if request_id == self._probe_id:
+            self._probe_id = 0
+            if self._greeted is not None:
+                self._transport, self._greeted = self._greeted, None
+                self._said_up = True
+                self._on_up()
+            return
         if request_id != self._next_id or self._done is None:
             # A reply to nobody's question means that the two ends disagree: begin anew.
             log().error("runner.out_of_step", deployment=self._name, reply=request_id)
@@ -150,6 +208,7 @@ class RunnerBackend(asyncio.Protocol):
         if status == wire.OK:
             outcome = Outcome(raws, shapes, seconds)
             self._row_s = max(seconds / self._rows, 0.9 * self._row_s)
+            self._longest_s = max(seconds, self._longest_s)
         elif status == wire.REJECTED:
             outcome = Outcome(seconds=seconds, error=RowRejected(raws[0].decode()))
         else:
@@ -158,12 +217,13 @@ class RunnerBackend(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The runner is gone."""
-        self._transport = None
+        was_up, self._said_up = self._said_up, False
+        self._transport = self._greeted = None
         # First the state, then the callers: whoever is told may ask again at once.
         if not self._closed:
             self.connect()
         self._finish(Outcome(error=runner_down(self._name)))
-        if not self._closed:
+        if was_up and not self._closed:
             self._on_down()
 
     def _finish(self, outcome: Outcome) -> None:
@@ -179,9 +239,10 @@ class RunnerBackend(asyncio.Protocol):
         self._timer = None
         done, self._done = self._done, None
         # Not up from now on: who asks next must not be sent to a process that is about to be killed.
-        transport, self._transport = self._transport, None
-        if transport is not None:
-            transport.abort()
+        for transport in (self._transport, self._greeted):
+            if transport is not None:
+                transport.abort()
+        self._transport = self._greeted = None
         self._on_wedged()
         if done is not None:
             done(

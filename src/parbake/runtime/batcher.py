@@ -2,6 +2,9 @@
 
 Work-conserving: whoever waits when a runner gets free goes together, and nobody waits for a timer unless
 a delay was asked for. Admission is by deadline: what cannot be answered in time is refused at once.
+
+A batch that failed goes again in parts, until only the bad row fails. That holds for a batch whose process ended
+over it, too: its rows wait for the process to come back, and a row that ends it again, alone, goes to `Quarantine`.
 """
 
 from __future__ import annotations
@@ -17,12 +20,21 @@ from parbake.contract.tensors import Shape, row_slices
 from parbake.errors import DeadlineExceeded, ModelFailed, Overloaded, ParbakeError, RunnerDown
 from parbake.logs import log
 from parbake.runtime.costs import BatchCost
+from parbake.runtime.quarantine import Quarantine
+from parbake.runtime.waiting import NORMAL, Waiting
 
 _LARGEST_BATCH: Final = 1024
 _STALE_S: Final = 5.0
 """Age at which a learned cost no longer refuses anybody by itself."""
 _SWEEP_S: Final = 0.1
 """How often those who wait behind a long batch are looked at for deadlines that have passed."""
+_PATIENCE_S: Final = 2.0
+"""How long those who were let in wait for a process that ended to come back."""
+_MARGIN: Final = 1.1
+"""Predictions are a little pessimistic: an answer that is late helps nobody."""
+_HALVES: Final = 2
+_PIECES: Final = 8
+"""Parts that a batch goes again in when its process ended over it: each step may cost a restart, so few are wanted."""
 
 
 class Caller(Protocol):
@@ -55,6 +67,12 @@ class Job:
     """Key of the row, where others may wait for the same answer."""
     joined = False
     """Whether it was answered with the answer of another."""
+    plain = True
+    """Whether it is nobody's in particular, and as urgent as most."""
+    priority = NORMAL
+    client = ""
+    ends = 0
+    """How often a process ended over a batch that it was in."""
 
     def __init__(
         self,
@@ -71,6 +89,12 @@ class Job:
         self.deadline = deadline
         self.done = done
         self.caller = caller
+
+    def belongs(self, client: str, priority: int = NORMAL) -> None:
+        """Say whose it is ("" for nobody's in particular), and how urgent (see `parbake.runtime.waiting`)."""
+        self.client = client
+        self.priority = priority
+        self.plain = not client and priority == NORMAL
 
 
 class Outcome:
@@ -97,6 +121,10 @@ class Backend(Protocol):
     @property
     def up(self) -> bool:
         """Whether it can be given a batch."""
+
+    @property
+    def answers(self) -> bool:
+        """Whether it was there when it was asked last."""
 
     def run(
         self, raws: Sequence[bytes], rows: int, shapes: tuple[Shape, ...], done: Callable[[Outcome], None]
@@ -149,19 +177,28 @@ class Batcher:
         self._max_batch_rows = max_batch_rows
         self._delay_s = delay_s
         self._observe = observe
-        self._queue: deque[Job] = deque()
+        self._waiting = Waiting()
         self._scheduled = False
         self._timer: Timer | None = None
         self._sweeping = False
-        self._halved = False
-        """Whether jobs of a batch that failed are waiting."""
+        self._apart = False
+        """Whether jobs are waiting that may not go with just any other."""
+        self._patience: Timer | None = None
+        self._closed = False
+        self.quarantine = Quarantine(contract.name)
+        self._accused = self.quarantine.found
         self._running_until: dict[int, float] = {}
         self._learned = 0.0
+        self._last_rows = 0
         self.cost = cost or BatchCost()
         self.down = not self.up
         """Whether no backend can take a batch; kept by `backend_up` and `backend_down`."""
-        self.queued_rows = 0
         self.running_rows = 0
+
+    @property
+    def queued_rows(self) -> int:
+        """Rows that wait."""
+        return self._waiting.rows
 
     @property
     def up(self) -> bool:
@@ -169,27 +206,39 @@ class Batcher:
         return any(backend.up for backend in self._backends)
 
     @property
+    def answers(self) -> bool:
+        """Whether any backend is there and answers."""
+        return any(backend.answers for backend in self._backends)
+
+    @property
     def idle(self) -> bool:
         """Whether nothing waits and nothing runs."""
-        return not self._queue and not self.running_rows
+        return not self._waiting.rows and not self.running_rows
 
     def submit(self, job: Job) -> None:
         """Queue a job. Raises `Overloaded`, `DeadlineExceeded` or `RunnerDown` at once, before any work."""
         now = job.queued = job.queued or perf_counter()
         rows = job.rows
+        if self._accused and self.quarantine.suspects(job.raws, job.shapes):
+            # Alone: whatever it does this time, it does to nobody else.
+            job.group = object()
+            self._apart = True
         if self.down:
             raise runner_down(self._contract.name)
-        if self.queued_rows and self.queued_rows + rows > self._max_queue_rows:
-            raise Overloaded(
-                f"{self.queued_rows} rows wait for model {self._contract.name!r}, the limit is {self._max_queue_rows}",
-                hint="send less, add runners, or raise max_queue_rows",
-                retry_after_s=max(self._wait_s(now), 0.05),
-            )
-        ahead = self.queued_rows + self.running_rows
+        waiting = self._waiting
+        queued = waiting.rows
+        if queued and queued + rows > self._max_queue_rows:
+            self._make_room(job, now)
+            queued = waiting.rows
+        ahead = queued + self.running_rows
         # Every row a batch of its own is the worst that can happen: a closer look only when that is too long.
         # A single row with nobody ahead always goes: without it nothing would be learned any more.
         if ahead + rows > 1 and now + (ahead + rows) * (self.cost.fixed_s + self.cost.row_s) > job.deadline:
-            wait_s = self._wait_s(now) + self.cost.waiting_s(1, rows)
+            before, limit = waiting.ahead(job), self._limit()
+            alongside = before % limit
+            # Whoever comes before its batch begins goes along: it will be about as large as the last one was.
+            together = max(alongside + rows, 0 if self._free else min(self._last_rows, limit))
+            wait_s = _MARGIN * (self._wait_s(now, before - alongside) + self.cost.waiting_s(1, together))
             # What was learned long ago is no ground for a refusal while nothing runs.
             if now + wait_s > job.deadline and (ahead or now - self._learned < _STALE_S):
                 raise Overloaded(
@@ -198,10 +247,14 @@ class Batcher:
                     hint="send less, add runners, or allow more time",
                     retry_after_s=max(wait_s, 0.05),
                 )
-        self._queue.append(job)
-        self.queued_rows += rows
+        if job.plain:
+            # As `Waiting.add` would, without the call.
+            waiting.rows += rows
+            waiting.plain.append(job)
+        else:
+            waiting.add(job)
         if self._scheduled:
-            if self._timer is not None and self.queued_rows >= self._limit():
+            if self._timer is not None and waiting.rows >= self._limit():
                 # As much company as there can be: nothing to wait for any more.
                 self._timer.cancel()
                 self._timer = None
@@ -214,19 +267,38 @@ class Batcher:
                 self._timer = self._loop.call_later(delay_s, self._dispatch)
             else:
                 self._loop.call_soon(self._dispatch)
-        elif not self._sweeping:
-            self._sweeping = True
-            self._loop.call_later(_SWEEP_S, self._sweep)
+        else:
+            self._keep_sweeping()
 
     def backend_down(self) -> None:
-        """A backend went: if it was the last, whoever waits is told."""
+        """A backend went: if it was the last, whoever waits does so for a while, and is told then."""
         self.down = not self.up
-        if self.down:
-            self._fail_waiting(runner_down(self._contract.name))
+        if self.down and self._patience is None:
+            self._patience = self._loop.call_later(_PATIENCE_S, self._give_up)
+            self._keep_sweeping()
 
-    def _fail_waiting(self, error: ParbakeError) -> None:
-        waiting, self._queue, self.queued_rows = self._queue, deque(), 0
-        for job in waiting:
+    def submit_at_once(self, job: Job) -> None:
+        """As `submit`, without waiting for the end of the turn: for somebody whom nobody can join. Raises the same."""
+        if self._scheduled or self._waiting.rows or self._delay_s or not self._free:
+            self.submit(job)
+            return
+        # So that it is queued, and nothing more.
+        self._scheduled = True
+        try:
+            self.submit(job)
+        finally:
+            self._scheduled = False
+        self._dispatch()
+
+    def close(self) -> None:
+        """No backend comes back: tell whoever still waits."""
+        self._closed = True
+        self._give_up()
+
+    def _give_up(self) -> None:
+        self._patience = None
+        error = runner_down(self._contract.name)
+        for job in self._waiting.take_all():
             job.error = error
             _tell(job)
 
@@ -234,26 +306,43 @@ class Batcher:
         """Answer those whose deadline has passed while every backend was busy: no batch will do it for a while."""
         self._sweeping = False
         now = perf_counter()
-        late = [job for job in self._queue if job.deadline < now]
-        if late:
-            self._queue = deque(job for job in self._queue if job.deadline >= now)
-            self.queued_rows -= sum(job.rows for job in late)
-        if self._queue:
-            self._sweeping = True
-            self._loop.call_later(_SWEEP_S, self._sweep)
+        late = self._waiting.keep_if(lambda job: job.deadline >= now)
+        self._keep_sweeping()
         for job in late:
             job.error = self._too_late(job, now)
             _tell(job)
 
+    def _keep_sweeping(self) -> None:
+        if self._waiting.rows and not self._sweeping:
+            self._sweeping = True
+            self._loop.call_later(_SWEEP_S, self._sweep)
+
     def backend_up(self) -> None:
         """A backend came back: whoever waits may go."""
         self.down = False
-        if self._queue and not self._scheduled:
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
+        if self._waiting.rows and not self._scheduled:
             self._scheduled = True
             self._loop.call_soon(self._dispatch)
 
-    def _wait_s(self, now: float) -> float:
-        """Predicted time until what waits and runs now is done."""
+    def _make_room(self, job: Job, now: float) -> None:
+        """Find a place for a job where the queue is full. Raises `Overloaded` where it is the one too many."""
+        while self._waiting.rows and self._waiting.rows + job.rows > self._max_queue_rows:
+            error = Overloaded(
+                f"{self.queued_rows} rows wait for model {self._contract.name!r}, the limit is {self._max_queue_rows}",
+                hint="send less, add runners, or raise max_queue_rows",
+                retry_after_s=max(self._wait_s(now, self.queued_rows), 0.05),
+            )
+            out = self._waiting.make_room(job)
+            if out is None:
+                raise error
+            out.error = error
+            _tell(out)
+
+    def _wait_s(self, now: float, ahead: int) -> float:
+        """Predicted time until what runs now, and ``ahead`` rows that wait, are done."""
         cost = self.cost
         if not cost.known:
             return 0.0
@@ -262,8 +351,8 @@ class Batcher:
         running = 0.0
         if busy and busy >= sum(backend.up for backend in self._backends):
             running = min(self._running_until.values()) - now
-        batches = -(-self.queued_rows // self._limit())
-        queued = cost.waiting_s(batches, self.queued_rows) / max(len(self._backends), 1)
+        batches = -(-ahead // self._limit())
+        queued = cost.waiting_s(batches, ahead) / max(len(self._backends), 1)
         return max(running, 0.0) + queued
 
     def _limit(self) -> int:
@@ -277,7 +366,7 @@ class Batcher:
         free = self._free
         # Each free backend once: one that is done at once must not hold the loop until the queue is empty.
         for _ in range(len(free)):
-            if not self._queue:
+            if not self._waiting.rows:
                 return
             backend = free.popleft()
             if not backend.up:
@@ -288,41 +377,41 @@ class Batcher:
                 free.append(backend)
                 return
             self._start(backend, jobs, rows)
-        if self._queue and not self.up:
-            self._fail_waiting(runner_down(self._contract.name))
-        elif self._queue and not self._sweeping:
-            self._sweeping = True
-            self._loop.call_later(_SWEEP_S, self._sweep)
+        self._keep_sweeping()
 
     def _take(self) -> tuple[list[Job], int]:
         """The next jobs that can go together: in order, of one shape, within the largest batch."""
-        queue = self._queue
+        waiting = self._waiting
+        queue = waiting.plain
         limit = self._limit()
         now = perf_counter()
-        rows = self.queued_rows
-        if rows == len(queue) <= limit and not self._halved:
+        rows = waiting.rows
+        # When the batch ends, as far as is known: whoever cannot wait so long is told now, and not when it is late.
+        ends = now
+        if rows > 1 and now - self._learned < _STALE_S:
+            ends += self.cost.seconds(min(rows, limit))
+        if rows == len(queue) <= limit and not self._apart:
             # The usual case, one row each: all of them, if nothing is the matter with any.
             shapes = queue[0].shapes
             odd = [
                 job
                 for job in queue
-                if job.deadline < now
+                if job.deadline < ends
                 or job.shapes is not shapes
                 or (job.caller is not None and job.caller.closed)
             ]
             if not odd:
                 jobs = list(queue)
                 queue.clear()
-                self.queued_rows = 0
+                waiting.rows = 0
                 for job in jobs:
                     job.queue_s = now - job.queued
                 return jobs, rows
         jobs = []
         rows = 0
-        taken = 0
-        while queue:
-            job = queue[0]
-            if job.deadline < now:
+        while waiting.rows:
+            job = waiting.peek()
+            if job.deadline < ends:
                 self._drop(self._too_late(job, now))
                 continue
             if job.caller is not None and job.caller.closed:
@@ -334,19 +423,16 @@ class Batcher:
                     break
                 if job.shapes is not first.shapes and job.shapes != first.shapes:
                     break
-            queue.popleft()
-            taken += job.rows
+            waiting.pop()
             job.queue_s = now - job.queued
             jobs.append(job)
             rows += job.rows
-        self.queued_rows -= taken
-        self._halved = self._halved and bool(queue)
+        self._apart = self._apart and bool(waiting.rows)
         return jobs, rows
 
     def _drop(self, error: ParbakeError) -> None:
         """Answer the first in the queue with an error, before any work is spent on it."""
-        job = self._queue.popleft()
-        self.queued_rows -= job.rows
+        job = self._waiting.pop()
         job.error = error
         _tell(job)
 
@@ -363,6 +449,7 @@ class Batcher:
         else:
             raws = [b"".join(parts) for parts in zip(*(job.raws for job in jobs), strict=True)]
         started = perf_counter()
+        self._last_rows = rows
         self.running_rows += rows
         self._running_until[id(backend)] = started + self.cost.seconds(rows)
 
@@ -375,6 +462,9 @@ class Batcher:
                 self._learned = perf_counter()
                 self.cost.observe(rows, self._learned - started)
                 self._observe(rows, outcome.seconds)
+                if self._accused and first.group is not None:
+                    for job in jobs:
+                        self.quarantine.acquit(job.raws, job.shapes)
                 try:
                     self._hand_out(jobs, rows, outcome)
                 except Exception:
@@ -383,26 +473,50 @@ class Batcher:
                     for job in jobs:
                         job.error = failed
                         _tell(job)
-            elif len(jobs) > 1 and not isinstance(outcome.error, RunnerDown | DeadlineExceeded):
+            elif isinstance(outcome.error, RunnerDown):
+                self._lost(jobs, outcome.error)
+            elif len(jobs) > 1 and not isinstance(outcome.error, DeadlineExceeded):
                 # One of them is bad: they go again in halves, until only the bad one fails.
-                self._halved = True
-                middle = len(jobs) // 2
-                for half in (jobs[middle:], jobs[:middle]):
-                    group = object()
-                    for job in reversed(half):
-                        job.group = group
-                        self._queue.appendleft(job)
-                        self.queued_rows += job.rows
+                self._again(jobs, _HALVES)
             else:
+                if isinstance(outcome.error, DeadlineExceeded):
+                    # It never came back, and who of them was to blame shows when they come again, alone.
+                    for job in jobs:
+                        self.quarantine.accuse(job.raws, job.shapes, alone=len(jobs) == 1)
                 for job in jobs:
                     job.error = outcome.error
                     job.model_s = outcome.seconds
                     _tell(job)
-            if self._queue and not self._scheduled:
+            if self._waiting.rows and not self._scheduled:
                 self._scheduled = True
                 self._loop.call_soon(self._dispatch)
 
         backend.run(raws, rows, first.shapes, done)
+
+    def _again(self, jobs: list[Job], pieces: int) -> None:
+        """Put the jobs of a batch before all others, to go again in so many parts."""
+        self._apart = True
+        size = -(-len(jobs) // pieces)
+        for at in reversed(range(0, len(jobs), size)):
+            group = object()
+            for job in reversed(jobs[at : at + size]):
+                job.group = group
+                self._waiting.add_first(job)
+
+    def _lost(self, jobs: list[Job], error: ParbakeError) -> None:
+        """The process ended while it had a batch: one of the rows may have ended it, or something else did."""
+        for job in jobs:
+            job.ends += 1
+        if len(jobs) == 1 and jobs[0].ends > 1:
+            # Again, and this time nobody else was there.
+            job = jobs[0]
+            self.quarantine.take(job.raws, job.shapes)
+            job.error = self.quarantine.verdict()
+            _tell(job)
+            return
+        self._again(jobs, _PIECES)
+        if self._closed:
+            self._give_up()
 
     def _hand_out(self, jobs: list[Job], rows: int, outcome: Outcome) -> None:
         if len(jobs) == 1:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import socket
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -19,7 +21,9 @@ import msgspec
 
 from parbake.errors import RunnerDown, by_code
 from parbake.logs import log
-from parbake.runtime.runner import Assignment, Loaded, Refused, Report
+from parbake.runtime import cpu, memory
+from parbake.runtime.confine import Confinement, find_user
+from parbake.runtime.runner import AWAKE, Assignment, Loaded, Refused, Report
 
 _BACK_OFF_S: Final = (0.0, 0.1, 0.3, 0.5)
 """Delays before a runner that ended is started again: callers are told less than a second."""
@@ -28,6 +32,12 @@ _REFUSED_S: Final = (0.3, 1.0, 3.0, 10.0)
 _STEADY_S: Final = 5.0
 """A runner that lived this long starts again without delay."""
 _END_S: Final = 5.0
+_AWAKE_S: Final = 0.25
+"""Longest that a spare with all its libraries is waited for: by then a new process is the quicker way."""
+_IMPORTS_S: Final = 10.0
+"""Longest that one without them is waited for."""
+_SECRETS: Final = frozenset(("PARBAKE_ADMIN_TOKEN", "PARBAKE_SIGNING_KEY"))
+"""Variables that runners do not inherit."""
 _LOAD_S: Final = 240.0
 """Longest time that a runner may take to load and prove a model."""
 
@@ -43,6 +53,8 @@ class Runner:
     started: float = 0.0
     stopping: bool = False
     failures: int = 0
+    first_bytes: int = 0
+    """Memory that the process had when its model was loaded."""
     watcher: asyncio.Task[None] | None = field(default=None, repr=False)
 
     @property
@@ -63,10 +75,16 @@ class _Started:
 
 
 class RunnerPool:
-    """All runners of one server. ``folder`` holds their sockets."""
+    """All runners of one server. ``folder`` holds their sockets; ``confinement`` is what they may keep.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    Raises `SettingsError` where they cannot be the user that they shall be.
+    """
+
+    def __init__(self, folder: Path, confinement: Confinement | None = None) -> None:
+        self._confinement = confinement or Confinement()
+        self._folder = _folder_of(folder, self._confinement.user)
+        self._told_kept = False
+        """Whether the log says what runners could not give up."""
         self._numbers = itertools.count(1)
         self._spare: asyncio.Task[_Started] | None = None
         self._keep_spare = False
@@ -89,7 +107,7 @@ class RunnerPool:
         """From now on have one runner stand by."""
         self._keep_spare = True
         if self._spare is None and not self._closing:
-            self._spare = asyncio.create_task(_spawn())
+            self._spare = asyncio.create_task(_spawn(self._confinement))
 
     async def drop_spare(self) -> None:
         """No model runs in a process of its own: nothing to stand by for."""
@@ -110,14 +128,15 @@ class RunnerPool:
         threads: int,
         allow_pickle: bool = False,
         allow_mismatch: bool = False,
+        verify: bool = False,
     ) -> Runner:
         """Start a runner and wait until it has proved the goldens. Raises the error that made it refuse.
 
         ``digest``, where given, is that of the bundle: another one under the same path is refused, now and
-        whenever the runner is started again.
+        whenever the runner is started again. ``verify`` has the runner hold every file against the digest.
         """
         path = str(self._folder / f"runner-{next(self._numbers)}.sock")
-        runner = Runner(Assignment(bundle, path, threads, allow_pickle, allow_mismatch, digest))
+        runner = Runner(Assignment(bundle, path, threads, allow_pickle, allow_mismatch, digest, verify))
         self.runners.append(runner)
         try:
             control = await self._fill(runner)
@@ -144,6 +163,28 @@ class RunnerPool:
         await self.drop_spare()
         await asyncio.gather(*(self.stop(runner) for runner in list(self.runners)))
 
+    async def renew(self, runner: Runner) -> None:
+        """Put a new process in the place of one that works, which ends when the new one is there.
+
+        Raises what starting raises, and then the old one stays.
+        """
+        started, loaded = await self._launch(runner.assignment)
+        old, watcher = runner.process, runner.watcher
+        if runner.stopping or old is None or old.returncode is not None:
+            # It ended meanwhile, or nobody wants it any more.
+            await _end(started)
+            return
+        if watcher is not None:
+            # It closes the line to the old one, which ends after the batch that it runs.
+            watcher.cancel()
+        runner.process, runner.loaded, runner.started = started.process, loaded, time.monotonic()
+        runner.first_bytes = memory.resident(started.process.pid)
+        runner.restarts += 1
+        runner.watcher = asyncio.create_task(self._watch(runner, started.control))
+        with suppress(TimeoutError):
+            await asyncio.wait_for(old.wait(), _END_S)
+        await end_process(old)
+
     def kill(self, path: str) -> None:
         """Kill the runner behind a socket: it is wedged. It will be started again."""
         for runner in self.runners:
@@ -153,17 +194,24 @@ class RunnerPool:
 
     async def _fill(self, runner: Runner) -> socket.socket:
         """Give the place a process, the spare if there is one."""
-        started = await self._take_spare() or await _spawn()
+        started, runner.loaded = await self._launch(runner.assignment, runner)
+        runner.first_bytes = memory.resident(started.process.pid)
+        return started.control
+
+    async def _launch(self, assignment: Assignment, runner: Runner | None = None) -> tuple[_Started, Loaded]:
+        """Start a process for an assignment; ``runner`` is the place that is its at once. Raises why it refused."""
+        started = await self._take_spare() or await _spawn(self._confinement)
         loop = asyncio.get_running_loop()
-        runner.process = started.process
-        runner.started = time.monotonic()
+        if runner is not None:
+            runner.process = started.process
+            runner.started = time.monotonic()
         try:
-            await loop.sock_sendall(started.control, msgspec.json.encode(runner.assignment) + b"\n")
+            await loop.sock_sendall(started.control, msgspec.json.encode(assignment) + b"\n")
             report = await asyncio.wait_for(_report(started.control), _LOAD_S)
         except TimeoutError as error:
             started.control.close()
             await end_process(started.process)
-            raise RunnerDown(f"{runner.assignment.bundle} was not loaded within {_LOAD_S:g} s") from error
+            raise RunnerDown(f"{assignment.bundle} was not loaded within {_LOAD_S:g} s") from error
         except BaseException:
             started.control.close()
             await end_process(started.process)
@@ -176,11 +224,13 @@ class RunnerPool:
             started.control.close()
             await end_process(started.process)
             raise by_code(report.code, report.message, hint=report.hint)
-        runner.loaded = report
-        return started.control
+        if report.kept and not self._told_kept:
+            self._told_kept = True
+            log().warning("runner.not_confined", kept=list(report.kept), hint="docs/concepts/security.md")
+        return started, report
 
     async def _take_spare(self) -> _Started | None:
-        """The process that stands by, unless it has died meanwhile."""
+        """The process that stands by, unless it has died meanwhile, or hangs."""
         spare, self._spare = self._spare, None
         if spare is None:
             return None
@@ -188,13 +238,12 @@ class RunnerPool:
             started = await spare
         except OSError:
             return None
-        try:
-            # Silence is what a living spare says.
-            started.control.recv(1, socket.MSG_PEEK)
-        except BlockingIOError:
+        if await _is_awake(started):
             return started
-        except OSError:
-            pass
+        log().error("spare.lost", pid=started.process.pid)
+        # One that hangs would not hear that it shall end.
+        if started.process.returncode is None:
+            started.process.kill()
         await _end(started)
         return None
 
@@ -242,7 +291,20 @@ class RunnerPool:
             )
 
 
-async def _spawn() -> _Started:
+def _folder_of(folder: Path, user: str) -> Path:
+    """Where runners of a user may make their sockets."""
+    if not user:
+        return folder
+    account = find_user(user)
+    # The others' way leads through; what else lies there they can neither list nor read.
+    folder.chmod(0o711)
+    inner = folder / "runners"
+    inner.mkdir(mode=0o700)
+    os.chown(inner, account.uid, account.gid)
+    return inner
+
+
+async def _spawn(confinement: Confinement) -> _Started:
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     try:
@@ -250,10 +312,12 @@ async def _spawn() -> _Started:
             sys.executable,
             "-P",
             "-m",
-            "parbake.runtime.runner",
+            "parbake.runtime.confine",
             str(theirs.fileno()),
+            msgspec.json.encode(confinement).decode(),
             pass_fds=(theirs.fileno(),),
             stdin=asyncio.subprocess.DEVNULL,
+            env=_environment(),
             # What a model prints belongs to the log: the server's stdout says where it serves.
             stdout=2,
         )
@@ -265,6 +329,32 @@ async def _spawn() -> _Started:
     return _Started(process, ours)
 
 
+def _environment() -> dict[str, str]:
+    """What a runner inherits: not the token with which it could change the server."""
+    return {name: value for name, value in {**_thread_limits(), **os.environ}.items() if name not in _SECRETS}
+
+
+def _thread_limits() -> dict[str, str]:
+    """For libraries that take as many threads as the host has cores, whatever the container may use."""
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+    return dict.fromkeys(names, str(cpu.quota()))
+
+
+async def _is_awake(spare: _Started) -> bool:
+    """Whether a process that stands by answers, or will when it has its libraries."""
+    loop = asyncio.get_running_loop()
+    wait_s = _AWAKE_S
+    try:
+        try:
+            spare.control.recv(1)
+        except BlockingIOError:
+            wait_s = _IMPORTS_S
+        await loop.sock_sendall(spare.control, AWAKE)
+        return await asyncio.wait_for(loop.sock_recv(spare.control, 1), wait_s) == AWAKE
+    except (OSError, TimeoutError):
+        return False
+
+
 async def _report(control: socket.socket) -> Report:
     loop = asyncio.get_running_loop()
     data = b""
@@ -274,7 +364,8 @@ async def _report(control: socket.socket) -> Report:
             raise RunnerDown(
                 "the runner ended while it loaded the model", hint="its last words are in the log"
             )
-        data += chunk
+        # Before the report it may have said that it is awake.
+        data = (data + chunk).lstrip(AWAKE)
     report: Report = msgspec.json.decode(data, type=Loaded | Refused)
     return report
 

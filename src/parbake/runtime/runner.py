@@ -1,6 +1,6 @@
 """The runner process: loads one bundle, proves it on its goldens, then answers batches until it is told to end.
 
-Started as ``python -m parbake.runtime.runner FD`` with one end of a socket pair. It imports what every
+Started by `parbake.runtime.confine`, with one end of a socket pair. It imports what every
 model needs, waits for an `Assignment` on that socket, and reports `Loaded` or `Refused`. So a runner can
 be started ahead of time, as a spare that takes over within milliseconds. It ends when the other end
 closes: no runner outlives its supervisor.
@@ -9,13 +9,14 @@ closes: no runner outlives its supervisor.
 from __future__ import annotations
 
 import ctypes
-import os
 import selectors
 import signal
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 import msgspec
 from msgspec import Struct
@@ -31,6 +32,9 @@ from parbake.runtime.session import Session, check_goldens
 _READ_BYTES = 1 << 20
 _SEND_TIMEOUT_S = 10.0
 
+AWAKE: Final = b"\n"
+"""Said by a process that stands by when it has its libraries, and again whenever it is asked with the same."""
+
 
 class Assignment(Struct, frozen=True):
     """What a runner is to run, and where it listens."""
@@ -42,6 +46,8 @@ class Assignment(Struct, frozen=True):
     allow_mismatch: bool = False
     digest: str = ""
     """Of the bundle; another one may have been put under the same path since the server read it."""
+    verify: bool = False
+    """Whether to hold every file against the digest, and not its size alone."""
 
 
 class Loaded(Struct, frozen=True, tag="loaded"):
@@ -50,6 +56,8 @@ class Loaded(Struct, frozen=True, tag="loaded"):
     goldens: int
     seconds: float
     row_us: float
+    kept: tuple[str, ...] = ()
+    """What the process could not give up before it ran the bundle."""
 
 
 class Refused(Struct, frozen=True, tag="refused"):
@@ -99,8 +107,8 @@ def time_one_row(session: Session, goldens: Tensors, calls: int = 15) -> float:
     return sorted(times)[len(times) // 2] * 1e6
 
 
-def main(descriptor: int) -> int:
-    """Run until the control socket closes or SIGTERM. Gives the exit status."""
+def main(descriptor: int, kept: tuple[str, ...] = ()) -> int:
+    """Run until the control socket closes or SIGTERM. Gives the exit status. ``kept`` goes into the report."""
     _die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     control = socket.socket(fileno=descriptor)
@@ -108,14 +116,16 @@ def main(descriptor: int) -> int:
     import numpy  # noqa: F401
     import onnxruntime  # noqa: F401
 
-    line = _read_line(control)
+    control.sendall(AWAKE)
+    while (line := _read_line(control)) == AWAKE:
+        control.sendall(AWAKE)
     if not line:
         return 0
     assignment = msgspec.json.decode(line, type=Assignment)
     started = time.perf_counter()
     try:
-        # The supervisor has verified the digest; only sizes are checked again here.
-        bundle = read_bundle(assignment.bundle, verify=False)
+        # The supervisor has verified the digest; mostly only sizes are checked again here.
+        bundle = read_bundle(assignment.bundle, verify=assignment.verify)
         check_digest(bundle, assignment.digest or bundle.digest)
         check_environment(bundle.environment, assignment.allow_mismatch)
         session = Session(bundle, threads=assignment.threads, allow_pickle=assignment.allow_pickle)
@@ -125,7 +135,7 @@ def main(descriptor: int) -> int:
         control.sendall(msgspec.json.encode(Refused(error.code, error.message, error.hint)) + b"\n")
         return 1
     listener = _listen(Path(assignment.socket))
-    loaded = Loaded(rows, time.perf_counter() - started, row_us)
+    loaded = Loaded(rows, time.perf_counter() - started, row_us, kept)
     control.sendall(msgspec.json.encode(loaded) + b"\n")
     _serve(session, listener, control)
     return 0
@@ -158,16 +168,15 @@ def _serve(session: Session, listener: socket.socket, control: socket.socket) ->
                 continue
             connection: _Connection = key.data
             try:
-                frame = _receive(connection)
-                if frame is not None:
+                for frame in _receive(connection):
                     _answer(session, connection.socket, frame)
             except (OSError, EOFError, ValueError):
                 selector.unregister(connection.socket)
                 connection.socket.close()
 
 
-def _receive(connection: _Connection) -> bytes | None:
-    """The next whole frame, or None. One read per call, so that fronts take turns."""
+def _receive(connection: _Connection) -> Sequence[bytes]:
+    """The next whole frames: none, a batch, or a batch behind a probe. One read per call, so that fronts take turns."""
     buffer = connection.buffer
     chunk = connection.socket.recv(max(_READ_BYTES, connection.need - len(buffer)))
     if not chunk:
@@ -176,24 +185,22 @@ def _receive(connection: _Connection) -> bytes | None:
         # The usual case: one read is one frame.
         length = wire.frame_length(chunk)
         if length == len(chunk):
-            return chunk
+            return (chunk,)
     buffer += chunk
-    length = wire.frame_length(buffer)
-    if length is None:
-        return None
-    connection.need = length
-    if len(buffer) < length:
-        return None
-    if len(buffer) > length:
-        raise ValueError("a front has one batch in flight")
-    frame = bytes(buffer)
-    buffer.clear()
-    connection.need = 8
-    return frame
+    frames: list[bytes] = []
+    while (length := wire.frame_length(buffer)) is not None and len(buffer) >= length:
+        frames.append(bytes(memoryview(buffer)[:length]))
+        del buffer[:length]
+    connection.need = length or 8
+    return frames
 
 
 def _answer(session: Session, connected: socket.socket, frame: bytes) -> None:
     request_id, rows, raws, shapes = wire.read_request(frame)
+    if not rows:
+        # A probe: that it is answered is the answer.
+        connected.sendall(b"".join(wire.reply_frame(request_id, wire.OK, 0.0, (), ())))
+        return
     started = time.perf_counter()
     status, out_raws, out_shapes = wire.OK, [b""], [()]
     try:
@@ -241,7 +248,3 @@ def _die_with_parent() -> None:
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
-
-
-if __name__ == "__main__":
-    os._exit(main(int(sys.argv[1])))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +65,19 @@ class OnnxStep:
                 feed[name] = as_text(feed[name])
             except UnicodeDecodeError as error:
                 raise RowRejected(f"input {name!r} is not UTF-8 text") from error
+        return dict(zip(self._names, self.run(self._names, feed), strict=True))
+
+    def run(self, names: Sequence[str], feed: Mapping[str, Tensor]) -> list[Any]:
+        """The outputs of these names, given all inputs of the graph and no others. Raises `ModelFailed`."""
         try:
-            values: list[Any] = self._session.run(self._names, feed)
+            values: list[Any] = self._session.run(names, feed)
         except Exception as error:
             raise ModelFailed(f"onnxruntime: {_first_line(error)}") from error
-        return dict(zip(self._names, values, strict=True))
+        return values
+
+    def takes(self, inputs: Sequence[str], outputs: Sequence[str]) -> bool:
+        """Whether the graph has just these inputs, none of them text, and has these outputs."""
+        return not self._texts and self._wanted == set(inputs) and set(outputs) <= set(self._names)
 
 
 class PythonStep:

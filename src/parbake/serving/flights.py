@@ -36,8 +36,8 @@ class Flights:
             except BaseException:
                 del self._flights[key]
                 raise
-        elif job.deadline < flight[0].deadline:
-            # The other one may come too late for it.
+        elif job.deadline < flight[0].deadline or job.priority < flight[0].priority:
+            # The other one may come too late for it, or waits behind those that this one need not wait for.
             self._submit(job)
         else:
             flight.append(job)

@@ -8,9 +8,12 @@ from parbake.contract.tensors import Shape
 
 
 class Answer:
-    """The outputs of one request: per output its raw bytes and row shape, in the contract's order."""
+    """The outputs of one request: per output its raw bytes and row shape, in the contract's order.
 
-    __slots__ = ("baked_rows", "model_s", "queue_s", "raws", "rows", "shapes")
+    ``fallback`` names what answered in the model's place; "" where nothing had to.
+    """
+
+    __slots__ = ("baked_rows", "fallback", "model_s", "queue_s", "raws", "rows", "shapes")
 
     def __init__(
         self,
@@ -21,6 +24,7 @@ class Answer:
         queue_s: float = 0.0,
         model_s: float = 0.0,
     ) -> None:
+        self.fallback = ""
         self.raws = raws
         self.shapes = shapes
         self.rows = rows

@@ -13,10 +13,12 @@ from parbake.contract.model import Contract
 from parbake.contract.record import Records
 from parbake.contract.rounding import round_inputs
 from parbake.contract.tensors import Shape, from_raw, row_slices, to_raw
-from parbake.contract.where import DEFAULT, HEAD, JOINED, MODEL, TABLE
+from parbake.contract.where import DEFAULT, FALLBACK, HEAD, JOINED, MODEL, TABLE
 from parbake.errors import KeyNotBaked, ModelFailed, NotReady, ParbakeError
 from parbake.logs import log
 from parbake.runtime.batcher import Batcher, Caller, Job
+from parbake.runtime.waiting import NORMAL
+from parbake.serving.fallback import Asked, Fallback
 from parbake.serving.flights import Flights
 from parbake.serving.head import Get, Head, Row
 from parbake.serving.model import Answer
@@ -64,6 +66,8 @@ class ServedVersion:
         self._default = default
         self.head = head
         self.recorder = recorder
+        self.fallback: Fallback | None = None
+        """What answers where the model cannot."""
         self.keys = Keys(contract)
         self.records = Records(contract)
         self._row_keys = Keys(contract, whole_row=True) if contract.key.columns and head is not None else None
@@ -94,11 +98,33 @@ class ServedVersion:
         elif self.get is not None:
             self.get = _nothing
 
+    def lose_table(self) -> None:
+        """From now on there is no table: hybrid mode asks the model, static mode cannot answer."""
+        table, self.table = self.table, None
+        self._table_get = None
+        if self.head is not None:
+            self.head.below = None
+        elif self.get is not None:
+            self.get = _nothing
+        if table is not None:
+            table.close()
+
     def refused(self, code: str, arrived: float) -> None:
         """Count a request that came at ``arrived`` and was answered with an error."""
         self.stats.refused(code)
         if self.recorder is not None:
             self.recorder.refused(code, perf_counter() - arrived)
+
+    def rescued(self, asked: Asked, code: str) -> None:
+        """Count and note a request that was answered in the model's place; ``code`` says what was wrong."""
+        self.stats.rescued(code)
+        if self.recorder is not None:
+            keys = self.keys.of(asked.raws, asked.rows, asked.shapes)
+            request = _Request(
+                asked.raws, asked.rows, asked.shapes, asked.arrived, asked.priority, asked.client
+            )
+            request.keys, request.where = keys, [FALLBACK] * asked.rows
+            self._note(request, None)
 
     @property
     def pending(self) -> bool:
@@ -110,7 +136,9 @@ class ServedVersion:
         """Whether every request could be answered now."""
         if self.closed:
             return False
-        return self.mode == "static" or (self.batcher is not None and self.batcher.up)
+        if self.mode == "static":
+            return self.table is not None
+        return self.batcher is not None and self.batcher.answers
 
     def predict(
         self,
@@ -121,27 +149,50 @@ class ServedVersion:
         done: Done,
         caller: Caller | None = None,
         arrived: float = 0.0,
+        priority: int = NORMAL,
+        client: str = "",
     ) -> Answer | None:
         """Answer ``rows`` rows. ``raws`` are each input's raw bytes in the contract's order, already validated.
 
         ``shapes`` are the row shapes (None: as the contract fixes them); ``deadline`` and ``arrived`` (when the
         request came; 0 for now) are on the clock of `time.perf_counter`. Where no model is needed the answer comes
         back at once; else None does, and ``done`` is called later with the answer or an error. No work is done for
-        a ``caller`` that has gone. Raises `ParbakeError` for what is refused now.
+        a ``caller`` that has gone; ``priority`` and ``client`` say who goes first where not all can (see
+        `parbake.runtime.waiting`). Raises `ParbakeError` for what is refused now.
         """
+        if self.fallback is None:
+            return self.predict_itself(raws, rows, shapes, deadline, done, caller, arrived, priority, client)
+        asked = Asked(
+            raws, rows, shapes or self._shapes, deadline, caller, arrived or perf_counter(), priority, client
+        )
+        return self.fallback.over(self, asked, done)
+
+    def predict_itself(
+        self,
+        raws: Sequence[bytes],
+        rows: int,
+        shapes: tuple[Shape, ...] | None,
+        deadline: float,
+        done: Done,
+        caller: Caller | None = None,
+        arrived: float = 0.0,
+        priority: int = NORMAL,
+        client: str = "",
+    ) -> Answer | None:
+        """As `predict`, without a fallback."""
         if self.closed:
             raise NotReady(f"model {self.name!r} version {self.version} was unloaded", retry_after_s=1.0)
         if self.contract.key.rounding:
             raws = self._rounded(raws, rows, shapes)
         if self.get is None and self.recorder is None:
-            self._submit(raws, rows, shapes, deadline, done, caller)
+            self._submit(raws, rows, shapes, deadline, done, caller, priority, client)
             return None
-        request = _Request(raws, rows, shapes or self._shapes, arrived or perf_counter())
+        request = _Request(raws, rows, shapes or self._shapes, arrived or perf_counter(), priority, client)
         keys = request.keys = request.head_keys = self.keys.of(raws, rows, shapes)
         get, table_get = self.get, self._table_get
         if get is None:
             request.where = [MODEL] * rows
-            self._submit(raws, rows, shapes, deadline, self._noting(request, done), caller)
+            self._submit(raws, rows, shapes, deadline, self._noting(request, done), caller, priority, client)
             return None
         if self._row_keys is None:
             records = [get(key) for key in keys]
@@ -161,7 +212,7 @@ class ServedVersion:
         elif misses:
             self._ask(request, misses, records, deadline, done, caller)
             return None
-        answer = self._together(records, rows if self.mode != "static" else rows - len(misses))
+        answer = self.together(records, rows if self.mode != "static" else rows - len(misses))
         if self.recorder is not None:
             request.where = [self.where_baked(key) for key in request.head_keys]
             for i in misses:
@@ -216,7 +267,10 @@ class ServedVersion:
             self._ask_one(self.flights, request, deadline, done, caller)
             return
         if len(misses) == rows and self.head is None:
-            self._submit(request.raws, rows, request.shapes, deadline, self._noting(request, done), caller)
+            noted = self._noting(request, done)
+            self._submit(
+                request.raws, rows, request.shapes, deadline, noted, caller, request.priority, request.client
+            )
             return
         raws = self._parts(request, misses)
         computed = [b"".join(column) for column in raws]
@@ -238,7 +292,7 @@ class ServedVersion:
                     if self.head is not None:
                         row = Row(tuple(column[at] for column in raws), request.shapes)
                         self.head.store(request.head_keys[i], row, record)
-                whole = self._together(records, rows - len(misses))
+                whole = self.together(records, rows - len(misses))
             except ParbakeError as error:
                 done(error)
                 return
@@ -250,7 +304,9 @@ class ServedVersion:
             if self.recorder is not None:
                 self._note(request, records)
 
-        self._submit(computed, len(misses), request.shapes, deadline, merge, caller)
+        self._submit(
+            computed, len(misses), request.shapes, deadline, merge, caller, request.priority, request.client
+        )
 
     def _ask_one(
         self, flights: Flights, request: _Request, deadline: float, done: Done, caller: Caller | None
@@ -269,7 +325,9 @@ class ServedVersion:
                 request.where = [JOINED if job.joined else MODEL]
                 self._note(request, [record])
 
-        flights.board(key, Job(request.raws, 1, request.shapes, deadline, finished, caller))
+        job = Job(request.raws, 1, request.shapes, deadline, finished, caller)
+        job.belongs(request.client, request.priority)
+        flights.board(key, job)
 
     def _parts(self, request: _Request, rows: Sequence[int]) -> list[list[bytes]]:
         """Per input the raw bytes of some rows of a request."""
@@ -292,7 +350,7 @@ class ServedVersion:
         def noted(answer: Answer | ParbakeError) -> None:
             done(answer)
             if not isinstance(answer, ParbakeError):
-                self._note(request, self._records_of(answer) if self._notes_outputs else None)
+                self._note(request, self.records_of(answer) if self._notes_outputs else None)
 
         return noted
 
@@ -300,7 +358,8 @@ class ServedVersion:
     def _notes_outputs(self) -> bool:
         return self.recorder is not None and self.recorder.wants_outputs
 
-    def _records_of(self, answer: Answer) -> list[bytes]:
+    def records_of(self, answer: Answer) -> list[bytes]:
+        """The record of each row of an answer."""
         columns = [
             row_slices(raw, spec.datatype, answer.rows, math.prod(shape))
             for spec, raw, shape in zip(self.contract.outputs, answer.raws, answer.shapes, strict=True)
@@ -335,6 +394,8 @@ class ServedVersion:
         deadline: float,
         done: Done,
         caller: Caller | None,
+        priority: int,
+        client: str,
     ) -> None:
         if self.batcher is None:
             raise NotReady(f"model {self.name!r} is not loaded", retry_after_s=1.0)
@@ -345,9 +406,12 @@ class ServedVersion:
             else:
                 done(Answer(job.out_raws, job.out_shapes, rows, 0, job.queue_s, job.model_s))
 
-        self.batcher.submit(Job(raws, rows, shapes or self._shapes, deadline, finished, caller))
+        job = Job(raws, rows, shapes or self._shapes, deadline, finished, caller)
+        job.belongs(client, priority)
+        self.batcher.submit(job)
 
-    def _together(self, records: Sequence[bytes | None], baked_rows: int) -> Answer:
+    def together(self, records: Sequence[bytes | None], baked_rows: int) -> Answer:
+        """The answer that so many records make. Raises `ModelFailed` where their shapes differ."""
         columns: list[list[bytes]] = [[] for _ in self.contract.outputs]
         shapes: tuple[Shape, ...] | None = None
         for record in records:
@@ -365,6 +429,12 @@ class ServedVersion:
         return Answer([b"".join(column) for column in columns], shapes or (), len(records), baked_rows)
 
     def _unknown(self, key: bytes, row: int) -> bytes:
+        if self.table is None:
+            raise NotReady(
+                f"the prediction table of {self.name!r} was changed where it lies, and is not used any more",
+                hint="bake the table again, or copy it there again; then parbake reload",
+                retry_after_s=60.0,
+            )
         if self._default is not None:
             return self._default
         if self.expired:
@@ -376,7 +446,7 @@ class ServedVersion:
         made_of = ", ".join(self.contract.key.columns) or "the whole row"
         raise KeyNotBaked(
             f"row {row} (key {key.hex()[:12]}..., made of {made_of}) is not in the prediction table of "
-            f"{self.name!r}, which has {self.table.rows if self.table else 0} keys",
+            f"{self.name!r}, which has {self.table.rows} keys",
             hint="bake it, serve in hybrid mode, or pack with a default",
         )
 
@@ -396,9 +466,19 @@ class ServedVersion:
 class _Request:
     """The rows of one request while they are being answered."""
 
-    __slots__ = ("arrived", "head_keys", "keys", "raws", "rows", "shapes", "where")
+    __slots__ = ("arrived", "client", "head_keys", "keys", "priority", "raws", "rows", "shapes", "where")
 
-    def __init__(self, raws: Sequence[bytes], rows: int, shapes: tuple[Shape, ...], arrived: float) -> None:
+    def __init__(
+        self,
+        raws: Sequence[bytes],
+        rows: int,
+        shapes: tuple[Shape, ...],
+        arrived: float,
+        priority: int,
+        client: str,
+    ) -> None:
+        self.priority = priority
+        self.client = client
         self.raws = raws
         self.rows = rows
         self.shapes = shapes

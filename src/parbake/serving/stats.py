@@ -42,6 +42,8 @@ class Counts(Struct):
     batches: Histogram
     outcomes: dict[str, int] = {}
     """Requests by outcome: ``ok`` or the code of the error."""
+    rescued: dict[str, int] = {}
+    """Requests that the fallback answered, by the code of the error that they would have got; they are ``ok``."""
     rows: int = 0
     baked_rows: int = 0
     executions: int = 0
@@ -56,6 +58,8 @@ class Counts(Struct):
         self.batches.add(other.batches)
         for outcome, count in other.outcomes.items():
             self.outcomes[outcome] = self.outcomes.get(outcome, 0) + count
+        for code, count in other.rescued.items():
+            self.rescued[code] = self.rescued.get(code, 0) + count
         self.rows += other.rows
         self.baked_rows += other.baked_rows
         self.executions += other.executions
@@ -68,6 +72,7 @@ def no_counts() -> Counts:
         stages={name: Histogram([0] * (len(BOUNDS_S) + 1)) for name in STAGES},
         batches=Histogram([0] * (len(BATCH_BOUNDS) + 1)),
         outcomes={},
+        rescued={},
     )
 
 
@@ -100,6 +105,11 @@ class Stats:
         """One request was answered with an error."""
         outcomes = self._counts.outcomes
         outcomes[code] = outcomes.get(code, 0) + 1
+
+    def rescued(self, code: str) -> None:
+        """One request was answered by the fallback."""
+        rescued = self._counts.rescued
+        rescued[code] = rescued.get(code, 0) + 1
 
     def batch(self, rows: int, seconds: float) -> None:
         """The model ran one batch."""

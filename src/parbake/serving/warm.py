@@ -12,6 +12,7 @@ import numpy as np
 from parbake.contract.model import Contract
 from parbake.errors import ParbakeError
 from parbake.runtime.batcher import Batcher, Job
+from parbake.runtime.waiting import LOW
 from parbake.serving.head import Head, Row
 from parbake.serving.service import ServedVersion
 
@@ -235,6 +236,7 @@ class Warmer:
         for key, row in taken:
             job = Job(row.raws, 1, row.shapes, deadline, done)
             job.key = key
+            job.belongs("", LOW)
             rows_by_job[id(job)] = row
             jobs.append(job)
         for job in jobs:

@@ -229,7 +229,7 @@ def _decode(folder: Path, raw: bytes) -> Lineage:
         )
     try:
         lineage = msgspec.json.decode(raw, type=Lineage)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise TableTorn(f"{target}: {error}", hint="bake the table again") from error
     if not is_sealed(lineage):
         raise TableTorn(f"{target} was changed after baking", hint="bake the table again")

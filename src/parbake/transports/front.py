@@ -11,16 +11,18 @@ import ssl
 import sys
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from pathlib import Path
 
 import uvloop
 
-from parbake.app.control import Channel, Commit, Configure, Done, Drain, Message, StopListening
+from parbake.app.control import Channel, Commit, Configure, Done, Drain, Message, StopListening, UseKeys
 from parbake.app.front import Front
 from parbake.errors import NotReady
 from parbake.settings import ServerSettings
 from parbake.transports.access import Access, is_loopback
 from parbake.transports.http.protocol import HttpProtocol, Limits, Site
 from parbake.transports.http.router import Router
+from parbake.transports.keys import Gate
 
 _TICK_S = 1.0
 _IDLE_GRACE_S = 0.3
@@ -36,6 +38,7 @@ class FrontProcess:
         self._settings: ServerSettings | None = None
         self._grpc_port: int | None = None
         self._access: Access | None = None
+        self._gate: Gate | None = None
         self._router: Router | None = None
         self._site: Site | None = None
         self._servers: list[asyncio.Server] = []
@@ -50,10 +53,13 @@ class FrontProcess:
     async def handle(self, message: Message) -> Message:
         """Answer one call of the supervisor."""
         if isinstance(message, Configure):
-            self._configure(message.settings, message.grpc_port)
+            self._configure(message.settings, message.grpc_port, message.keys)
             self.front.configure(message.settings, message.number)
             if message.at_once:
                 await self._listen()
+            return Done()
+        if isinstance(message, UseKeys):
+            self._use_keys(message)
             return Done()
         if isinstance(message, StopListening):
             self._stop_listening()
@@ -72,7 +78,11 @@ class FrontProcess:
         if self._router is not None:
             self._router.rebuild()
 
-    def _configure(self, settings: ServerSettings, grpc_port: int | None) -> None:
+    def _use_keys(self, message: UseKeys) -> None:
+        if self._gate is not None:
+            self._gate.use(message.keys, Path(message.rates))
+
+    def _configure(self, settings: ServerSettings, grpc_port: int | None, keys: UseKeys | None) -> None:
         self._settings = settings
         self._grpc_port = grpc_port
         limits = Limits(
@@ -83,12 +93,22 @@ class FrontProcess:
             # Some bodies of full size at once, in each front.
             max(4 * settings.max_body_bytes, 256 * 1024 * 1024),
         )
-        access = self._access = Access(
-            settings.repository_api, settings.admin_token, is_loopback(settings.host)
-        )
-        router = self._router = Router(self.front, settings, access)
+        # Where callers need keys, to be on this machine is none.
+        local = is_loopback(settings.host) and keys is None
+        access = self._access = Access(settings.repository_api, settings.admin_token, local)
+        if keys is not None:
+            self._gate = Gate()
+            self._use_keys(keys)
+            self.front.clients = self._gate.counts
+            self.front.discreet = True
+        router = self._router = Router(self.front, settings, access, self._gate)
         self._site = Site(
-            router.answer, limits, self._loop, connections=self._connections, refused=self.front.refuse
+            router.answer if self._gate is None else router.answer_known,
+            limits,
+            self._loop,
+            connections=self._connections,
+            refused=self.front.refuse,
+            admits=self._gate.holder if self._gate is not None else None,
         )
 
     async def _listen(self) -> None:
@@ -112,7 +132,7 @@ class FrontProcess:
         if self._grpc_port is not None:
             from parbake.transports.grpc.server import serve_grpc
 
-            self._stop_grpc = await serve_grpc(self.front, settings, access, self._grpc_port)
+            self._stop_grpc = await serve_grpc(self.front, settings, access, self._grpc_port, self._gate)
 
     def _tick(self, site: Site) -> None:
         site.check_time()
@@ -175,6 +195,9 @@ def tls_context(settings: ServerSettings) -> ssl.SSLContext | None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.load_cert_chain(settings.tls_cert, settings.tls_key or None)
+    if settings.tls_client_ca:
+        context.load_verify_locations(settings.tls_client_ca)
+        context.verify_mode = ssl.CERT_REQUIRED
     return context
 
 

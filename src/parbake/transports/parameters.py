@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from parbake.errors import InvalidInput
+from parbake.runtime.waiting import HIGH, LOW, NORMAL
 from parbake.serving.service import ServedVersion
 
 _MOST_US: Final = 1 << 63
@@ -35,6 +36,19 @@ def timeout_s(parameters: Mapping[str, Any]) -> float:
             f"expected microseconds as a whole number, got {str(value)[:60]!r}", path="$.parameters.timeout"
         )
     return value / 1e6
+
+
+def priority_of(parameters: Mapping[str, Any]) -> int:
+    """The ``priority`` parameter, as existing clients send it: 1 goes first, 0 means as usual."""
+    value = parameters.get("priority")
+    if value is None or value == 0:
+        return NORMAL
+    if type(value) is not int or value < 0:
+        raise InvalidInput(
+            f"expected {HIGH} (first), {NORMAL} (as usual) or {LOW} (when nothing else waits), got {str(value)[:60]!r}",
+            path="$.parameters.priority",
+        )
+    return min(value, LOW)
 
 
 def output_position(served: ServedVersion, name: str, path: str) -> int:

@@ -19,6 +19,7 @@ from parbake.app.supervisor import Supervisor
 from parbake.errors import ParbakeError, SettingsError
 from parbake.logs import FORMAT_VARIABLE, log
 from parbake.settings import DeploymentSettings, ServerSettings, Settings
+from parbake.transports.access import is_loopback
 from parbake.transports.admin import serve_admin
 from parbake.transports.front import tls_context
 from parbake.transports.statefile import Remembered, Running, forget, remember
@@ -167,15 +168,26 @@ async def _reload(supervisor: Supervisor) -> None:
 
 
 def _check(server: ServerSettings) -> None:
-    for path in (server.tls_cert, server.tls_key):
+    if server.api_keys and not server.tls_cert and not is_loopback(server.host):
+        log().warning(
+            "keys.in_clear", host=server.host, hint="--tls-cert and --tls-key, or a proxy that has them"
+        )
+    for path in (server.tls_cert, server.tls_key, server.tls_client_ca):
         if path and not Path(path).is_file():
-            raise SettingsError(f"no file {path}", hint="tls_cert and tls_key are PEM files")
+            raise SettingsError(f"no file {path}", hint="tls_cert, tls_key and tls_client_ca are PEM files")
     try:
-        tls_context(server)
+        context = tls_context(server)
     except OSError as error:
         raise SettingsError(
-            f"the certificate cannot be used: {error}", hint="are both PEM, and do they belong together?"
+            f"the certificate cannot be used: {error}",
+            hint="are all PEM, and do key and certificate belong together?",
         ) from error
+    if server.tls_client_ca and context is not None and not context.cert_store_stats()["x509_ca"]:
+        # Nobody would ever be let in; and who wrote it down meant another certificate.
+        raise SettingsError(
+            f"{server.tls_client_ca} is no certificate of an authority",
+            hint="tls_client_ca is the certificate that signs those of the clients",
+        )
 
 
 def _announce(running: Running) -> None:

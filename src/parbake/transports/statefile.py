@@ -130,7 +130,7 @@ def _folder(*, create: bool) -> Path | None:
 def _read(path: Path) -> Running | None:
     try:
         return msgspec.json.decode(path.read_bytes(), type=Running)
-    except (OSError, msgspec.DecodeError):
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
         return None
 
 

@@ -6,6 +6,7 @@ import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
+from types import NoneType
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from parbake.errors import (
     ModelFailed,
     Overloaded,
     ParbakeError,
+    RowQuarantined,
     RowRejected,
     RunnerDown,
 )
@@ -53,6 +55,7 @@ class Desk:
 
     error: type[ParbakeError] = RowRejected
     up: bool = True
+    answers: bool = True
     batches: list[int] = field(default_factory=list)
     waiting: tuple[Sequence[bytes], int, tuple[Shape, ...], Callable[[Outcome], None]] | None = None
 
@@ -72,6 +75,11 @@ class Desk:
             done(Outcome(error=self.error("no such row"), seconds=0.001))
         else:
             done(Outcome(list(raws), shapes, 0.001))
+
+    @property
+    def has_bad(self) -> bool:
+        """Whether a row that is `BAD` is in the batch in flight."""
+        return self.waiting is not None and BAD in struct.unpack(f"<{self.waiting[1]}f", self.waiting[0][0])
 
     def crash(self, batcher: Batcher) -> None:
         """Go down, with the batch in flight."""
@@ -223,7 +231,77 @@ def test_with_backends_that_come_and_go_everybody_is_answered_once(data: st.Data
             assert isinstance(call.refused, RunnerDown)
             assert not call.results
         else:
-            call.check(may_fail=(RunnerDown,))
+            # It may be that somebody was alone both times: nobody can tell him from a row that ends processes.
+            call.check(may_fail=(RunnerDown, RowQuarantined))
+
+
+@given(data=st.data())
+def test_rows_that_end_the_process_fail_alone(data: st.DataObject) -> None:
+    loop = Turns()
+    desks = [Desk() for _ in range(data.draw(st.integers(1, 2)))]
+    batcher = batcher_of(loop, desks)
+    everybody = data.draw(st.lists(calls(MATRIX), min_size=1, max_size=40))
+    for call in everybody:
+        call.submit(batcher)
+    crashes = 0
+    while not batcher.idle:
+        loop.settle()
+        for desk in desks:
+            if not desk.up:
+                desk.come_back(batcher)
+            elif desk.waiting and desk.has_bad:
+                desk.crash(batcher)
+                crashes += 1
+            elif desk.waiting:
+                desk.finish()
+    bad = [call for call in everybody if call.bad]
+    for call in everybody:
+        call.check()
+        assert isinstance(call.result.error, RowQuarantined if call.bad else NoneType)
+    # The whole, a part, and the row alone (of parts with several bad ones, no more than that for each).
+    assert crashes <= 3 * len(bad)
+    # And from now on it is known.
+    for call in bad:
+        again = Call(call.raws, call.rows, call.shapes).submit(batcher)
+        assert isinstance(again.refused, RowQuarantined)
+    assert batcher.quarantine.rows == len({bytes(call.raws[0]) for call in bad})
+
+
+def test_a_batch_whose_process_was_killed_from_outside_goes_again_when_it_is_back() -> None:
+    loop, desk = Turns(), Desk()
+    batcher = batcher_of(loop, [desk])
+    calls_ = [row(float(i)).submit(batcher) for i in range(20)]
+    loop.turn()
+    desk.crash(batcher)
+    assert not any(call.results for call in calls_)
+    desk.come_back(batcher)
+    while not batcher.idle:
+        loop.settle()
+        desk.finish()
+    for call in calls_:
+        call.check()
+    assert not batcher.quarantine.found
+
+
+def test_a_row_over_which_the_process_hangs_goes_alone_the_next_time() -> None:
+    loop, desk = Turns(), Desk(DeadlineExceeded)
+    batcher = batcher_of(loop, [desk])
+    stuck, neighbour = row(BAD).submit(batcher), row(1.0).submit(batcher)
+    loop.turn()
+    desk.finish()
+    for call in (stuck, neighbour):
+        assert isinstance(call.result.error, DeadlineExceeded)
+    for _ in range(2):
+        again, sound, other = (row(value).submit(batcher) for value in (BAD, 1.0, 2.0))
+        while not batcher.idle:
+            loop.settle()
+            desk.finish()
+        assert isinstance(again.result.error, DeadlineExceeded)
+        sound.check()
+        other.check()
+    assert desk.batches[1:] == [1, 1, 1, 1, 2]
+    assert isinstance(row(BAD).submit(batcher).refused, RowQuarantined)
+    assert batcher.quarantine.rows == 1
 
 
 def test_requests_of_one_turn_go_together_and_the_first_does_not_wait() -> None:
@@ -340,7 +418,7 @@ def test_who_waits_behind_a_batch_that_does_not_end_is_told_when_his_deadline_ha
     batcher = batcher_of(loop, [desk])
     stuck = row().submit(batcher)
     loop.turn()
-    waiting = row(deadline=perf_counter() + 0.0005).submit(batcher)
+    waiting = row(deadline=perf_counter() + 0.05).submit(batcher)
     patient = row().submit(batcher)
     while perf_counter() < waiting.deadline:
         pass
@@ -355,18 +433,27 @@ def test_who_waits_behind_a_batch_that_does_not_end_is_told_when_his_deadline_ha
     patient.check()
 
 
-def test_callers_are_told_at_once_when_the_last_backend_goes() -> None:
+@pytest.mark.parametrize("end", ["patience", "close"])
+def test_when_the_last_backend_goes_who_comes_is_told_at_once_and_who_waits_after_a_while(end: str) -> None:
     loop, desk = Turns(), Desk()
     batcher = batcher_of(loop, [desk])
     in_flight = row().submit(batcher)
     loop.turn()
     waiting = row().submit(batcher)
     desk.crash(batcher)
-    for call in (in_flight, waiting):
-        assert isinstance(call.result.error, RunnerDown)
     refused = row().submit(batcher).refused
     assert isinstance(refused, RunnerDown)
     assert refused.retry_after_s == 1.0
+    loop.settle()
+    assert not in_flight.results
+    assert not waiting.results
+    if end == "patience":
+        loop.elapse()
+    else:
+        batcher.close()
+    for call in (in_flight, waiting):
+        assert isinstance(call.result.error, RunnerDown)
+    assert batcher.idle
     desk.come_back(batcher)
     again = row().submit(batcher)
     loop.turn()
@@ -438,6 +525,7 @@ class Immediate:
     """A backend in this process: done before `run` returns."""
 
     up: bool = True
+    answers: bool = True
 
     def run(
         self, raws: Sequence[bytes], rows: int, shapes: tuple[Shape, ...], done: Callable[[Outcome], None]

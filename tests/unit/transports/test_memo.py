@@ -27,10 +27,12 @@ def test_a_long_body_is_not_kept() -> None:
 def test_all_shelves_share_one_limit() -> None:
     memo = ReplyMemo(limit_bytes=5000)
     one, other = memo.shelf(), memo.shelf()
+    filled = False
     for _ in range(2):
         for i in range(1000):
             memo.offer(one if i % 2 else other, b"%d" % i, KNOWN)
             held = sum(len(body) + 400 for shelf in (one, other) for body in shelf)
             assert held <= 5000
-    assert one
-    assert other
+            filled = filled or bool(one and other)
+    # Now and then all of it is forgotten.
+    assert filled

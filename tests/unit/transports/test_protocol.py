@@ -427,6 +427,23 @@ def test_encodings_are_undone(data: bytes) -> None:
         assert decompress(packed, encoding, 300) == data
 
 
+@pytest.mark.parametrize("pack", [gzip.compress, zlib.compress])
+def test_a_small_body_unpacks_to_no_multitude_of_it(pack: Callable[[bytes], bytes]) -> None:
+    encoding = b"gzip" if pack is gzip.compress else b"deflate"
+    limit = 1 << 30
+    most = 1024 * 1024
+    assert len(decompress(pack(bytes(most)), encoding, limit)) == most
+    bomb = pack(bytes(most + 1))
+    with pytest.raises(RequestTooLarge, match=f"more than 200 times its {len(bomb)} bytes") as caught:
+        decompress(bomb, encoding, limit)
+    assert caught.value.hint == "send it without content-encoding"
+    # What is text and numbers is far from that, and the limit on bodies stays.
+    text = b",".join(b"%d" % (number * 7919 % 100_003) for number in range(400_000))
+    assert decompress(pack(text), encoding, limit) == text
+    with pytest.raises(RequestTooLarge, match="more than 1000 bytes"):
+        decompress(pack(text), encoding, 1000)
+
+
 @given(st.binary(max_size=60), st.sampled_from([b"gzip", b"deflate"]))
 def test_any_bytes_unpack_or_are_refused(data: bytes, encoding: bytes) -> None:
     for attempt in (

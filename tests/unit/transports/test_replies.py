@@ -18,11 +18,14 @@ def tree(kind: type[ParbakeError] = ParbakeError) -> list[type[ParbakeError]]:
 
 STATUSES = {
     "error": 500, "invalid_request": 400, "malformed_body": 400, "invalid_input": 400, "too_large": 413,
-    "row_rejected": 422, "not_allowed": 403, "conflict": 409, "not_found": 404, "model_not_found": 404,
+    "row_rejected": 422, "row_quarantined": 422, "unauthenticated": 401, "not_allowed": 403, "conflict": 409,
+    "not_found": 404, "model_not_found": 404,
     "version_not_found": 404, "route_not_found": 404, "method_not_allowed": 405, "key_not_baked": 404,
-    "unavailable": 503, "overloaded": 503, "deadline_exceeded": 504, "runner_down": 503, "not_ready": 503,
+    "unavailable": 503, "overloaded": 503, "rate_limited": 429,
+    "deadline_exceeded": 504, "runner_down": 503, "not_ready": 503,
     "model_failed": 500, "bundle_error": 422, "bundle_torn": 422, "bundle_altered": 422, "bundle_too_new": 422,
-    "goldens_differ": 422, "environment_differs": 422, "table_error": 422, "table_missing": 422, "table_torn": 422,
+    "bundle_unsigned": 422, "goldens_differ": 422,
+    "environment_differs": 422, "table_error": 422, "table_missing": 422, "table_torn": 422,
     "table_foreign": 422, "table_too_new": 422, "pack_refused": 422, "parity_refused": 422, "not_convertible": 422,
     "input_file": 422, "settings": 422, "missing_extra": 501, "server_not_found": 502,
 }  # fmt: skip

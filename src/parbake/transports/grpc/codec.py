@@ -16,7 +16,7 @@ from parbake.serving.service import ServedVersion
 from parbake.transports.grpc.messages import message
 from parbake.transports.http.oip import InferCall
 from parbake.transports.inputs import Given, gather
-from parbake.transports.parameters import output_position, refuse_unsupported, timeout_s
+from parbake.transports.parameters import output_position, priority_of, refuse_unsupported, timeout_s
 
 _FIELDS: Final = {
     "BOOL": "bool_contents",
@@ -68,7 +68,9 @@ class GrpcCodec:
                 data = raw[i]
             given.append(Given(tensor.name, tensor.datatype, list(tensor.shape), data, path))
         inputs = gather(self._served, given)
-        return InferCall(inputs, request.id, timeout_s(parameters), self._wanted(request))
+        return InferCall(
+            inputs, request.id, timeout_s(parameters), priority_of(parameters), self._wanted(request)
+        )
 
     def _typed(self, tensor: Any, path: str) -> bytes:
         spec = self._served.contract.input(tensor.name)
@@ -97,6 +99,8 @@ class GrpcCodec:
             spec = self._specs[i]
             reply.outputs.add(name=spec.name, datatype=spec.datatype, shape=(*rows, *answer.shapes[i]))
             reply.raw_output_contents.append(answer.raws[i])
+        if answer.fallback:
+            reply.parameters["parbake_fallback"].string_param = answer.fallback
         return reply
 
 

@@ -17,19 +17,20 @@ from parbake.transports.access import Access
 from parbake.transports.grpc.health import HealthService
 from parbake.transports.grpc.messages import HEALTH, INFERENCE
 from parbake.transports.grpc.service import InferenceService
+from parbake.transports.keys import Gate
 
 _STILL_ANSWERED_S: Final = 0.2
 _TURNED_AWAY_S: Final = 0.2
 
 
 async def serve_grpc(
-    front: Front, settings: ServerSettings, access: Access, port: int
+    front: Front, settings: ServerSettings, access: Access, port: int, gate: Gate | None = None
 ) -> Callable[[], Awaitable[None]]:
     """Listen on ``port``, which several fronts may share; gives what stops it after answering what it has.
 
     Raises `SettingsError` where the port or the certificate cannot be used.
     """
-    inference = InferenceService(front, access)
+    inference = InferenceService(front, access, gate)
     health = HealthService(front, inference)
     server: Any = grpc.aio.server(
         maximum_concurrent_rpcs=settings.max_connections,
@@ -72,4 +73,7 @@ async def serve_grpc(
 
 def _credentials(settings: ServerSettings) -> Any:
     pair = (Path(settings.tls_key).read_bytes(), Path(settings.tls_cert).read_bytes())
-    return grpc.ssl_server_credentials((pair,))
+    if not settings.tls_client_ca:
+        return grpc.ssl_server_credentials((pair,))
+    authority = Path(settings.tls_client_ca).read_bytes()
+    return grpc.ssl_server_credentials((pair,), root_certificates=authority, require_client_auth=True)

@@ -22,6 +22,7 @@ from parbake.transports.failures import shown, unexpected
 from parbake.transports.grpc.codec import GrpcCodec, values_of
 from parbake.transports.grpc.messages import message, parse, serialize
 from parbake.transports.grpc.replies import details_of, status_of, trailers_of
+from parbake.transports.keys import EVERYBODY, Gate, Holder, check_deployment
 from parbake.transports.metadata import (
     model_config,
     model_metadata,
@@ -49,17 +50,20 @@ class Failure:
 class Caller:
     """Who waits for an answer, as the batcher wants to know it."""
 
-    __slots__ = ("closed",)
+    __slots__ = ("client", "closed")
 
-    def __init__(self) -> None:
+    def __init__(self, client: str = "") -> None:
+        self.client = client
+        """Name of the client by its API key, "" where none is needed."""
         self.closed = False
 
 
 class InferenceService:
     """Answers for one front. Messages are read here and not by gRPC, so that a bad one gets a good answer."""
 
-    def __init__(self, front: Front, access: Access) -> None:
+    def __init__(self, front: Front, access: Access, gate: Gate | None = None) -> None:
         self._front = front
+        self._gate = gate
         self._repository = Repository(front)
         self._access = access
         self._codecs: WeakKeyDictionary[ServedVersion, GrpcCodec] = WeakKeyDictionary()
@@ -116,6 +120,7 @@ class InferenceService:
             if self.stopping.is_set() and not streamed:
                 raise NotReady("the server is stopping", hint="ask again: another one may answer")
             request = parse(self._infer_request, data)
+            client = self._let_in(context, request.model_name).name if self._gate is not None else ""
             served = self._front.find(request.model_name, request.model_version)
         except ParbakeError as error:
             self._front.refuse(error)
@@ -136,7 +141,14 @@ class InferenceService:
                 limits.append(remaining_s)
             inputs = call.inputs
             answer = await _answer(
-                served, inputs.raws, inputs.rows, inputs.shapes, arrived + min(limits), arrived
+                served,
+                inputs.raws,
+                inputs.rows,
+                inputs.shapes,
+                arrived + min(limits),
+                arrived,
+                call.priority,
+                client,
             )
             reply = codec.write(answer, call)
         except ParbakeError as error:
@@ -218,9 +230,11 @@ class InferenceService:
             return False
 
     async def _server_metadata(self, request: Any, context: Any) -> Any:
+        self._let_in(context)
         return message("ServerMetadataResponse")(**server_metadata())
 
     async def _model_metadata(self, request: Any, context: Any) -> Any:
+        self._let_in(context, request.name)
         served = self._front.find(request.name, request.version)
         versions = [other.version for other in self._front.versions() if other.name == served.name]
         content = model_metadata(served, versions)
@@ -229,6 +243,7 @@ class InferenceService:
         )
 
     async def _model_config(self, request: Any, context: Any) -> Any:
+        self._let_in(context, request.name)
         served = self._front.find(request.name, request.version)
         content = model_config(served)
         content["version_policy"] = {
@@ -237,16 +252,19 @@ class InferenceService:
         return message("ModelConfigResponse")(config=message("ModelConfig")(**content))
 
     async def _model_statistics(self, request: Any, context: Any) -> Any:
+        holder = self._let_in(context, request.name)
         if request.name:
             self._front.find(request.name, request.version)
         counts = await self._repository.counts()
-        served = self._repository.versions(request.name, request.version)
+        found = self._repository.versions(request.name, request.version)
+        served = [version for version in found if holder.may(version.name)]
         return message("ModelStatisticsResponse")(**statistics(served, counts))
 
     # Repository ------------------------------------------------------------------------------------
 
     async def _repository_index(self, request: Any, context: Any) -> Any:
-        listed = self._repository.index(ready_only=request.ready)
+        holder = self._let_in(context)
+        listed = [item for item in self._repository.index(ready_only=request.ready) if holder.may(item.name)]
         return message("RepositoryIndexResponse")(models=repository_index(listed))
 
     async def _load(self, request: Any, context: Any) -> Any:
@@ -259,6 +277,21 @@ class InferenceService:
         self._check(context)
         await self._repository.set_loaded(request.model_name, loaded=False)
         return message("RepositoryModelUnloadResponse")()
+
+    def _let_in(self, context: Any, deployment: str = "") -> Holder:
+        """Whose API key a call has. Raises `Unauthenticated`, `RateLimited`, or `NotAllowed` for the deployment."""
+        if self._gate is None:
+            return EVERYBODY
+        holder = self._gate.holder(
+            {
+                name.lower().encode(): value.encode("latin-1", "replace") if isinstance(value, str) else value
+                for name, value in context.invocation_metadata() or ()
+            }
+        )
+        if deployment:
+            check_deployment(holder, deployment)
+        holder.take()
+        return holder
 
     def _check(self, context: Any) -> None:
         metadata = {name.lower(): value for name, value in context.invocation_metadata() or ()}
@@ -293,6 +326,8 @@ async def _answer(
     shapes: tuple[tuple[int, ...], ...],
     deadline: float,
     arrived: float,
+    priority: int,
+    client: str,
 ) -> Answer:
     """Predict, and wait where a model has to run. Raises `ParbakeError`."""
     future: asyncio.Future[Answer | ParbakeError] = asyncio.get_running_loop().create_future()
@@ -301,8 +336,8 @@ async def _answer(
         if not future.done():
             future.set_result(result)
 
-    caller = Caller()
-    answer = served.predict(raws, rows, shapes, deadline, done, caller, arrived)
+    caller = Caller(client)
+    answer = served.predict(raws, rows, shapes, deadline, done, caller, arrived, priority, caller.client)
     if answer is not None:
         return answer
     try:

@@ -6,6 +6,8 @@ from time import perf_counter
 from typing import Final, Protocol
 
 from parbake.errors import InvalidInput, MalformedBody, ParbakeError
+from parbake.runtime.waiting import HIGH, LOW, NORMAL
+from parbake.serving.fallback import RESCUED, Asked
 from parbake.serving.model import Answer
 from parbake.serving.service import ServedVersion
 from parbake.transports.failures import shown, unexpected
@@ -15,6 +17,7 @@ from parbake.transports.http.replies import error_reply
 
 _BINARY: Final = b"application/octet-stream"
 _COMPRESS_FROM_BYTES: Final = 1024
+_PRIORITIES: Final = {b"high": HIGH, b"normal": NORMAL, b"low": LOW}
 
 
 class Codec(Protocol):
@@ -56,6 +59,9 @@ class PredictionEndpoint:
             if b"parbake-deadline-ms" in headers:
                 limits_s.append(_deadline_ms(headers[b"parbake-deadline-ms"]) / 1000)
             deadline = exchange.arrived + min(limits_s)
+            priority = call.priority
+            if b"parbake-priority" in headers:
+                priority = _priority(headers[b"parbake-priority"])
 
             def done(result: Answer | ParbakeError) -> None:
                 if isinstance(result, ParbakeError):
@@ -65,7 +71,15 @@ class PredictionEndpoint:
 
             inputs = call.inputs
             answer = served.predict(
-                inputs.raws, inputs.rows, inputs.shapes, deadline, done, exchange, exchange.arrived
+                inputs.raws,
+                inputs.rows,
+                inputs.shapes,
+                deadline,
+                done,
+                exchange,
+                exchange.arrived,
+                priority,
+                exchange.client,
             )
         except ParbakeError as error:
             self._fail(exchange, error)
@@ -86,12 +100,15 @@ class PredictionEndpoint:
             self._failed_unexpectedly(exchange)
             return
         accepted = exchange.headers.get(b"accept-encoding")
-        if json_bytes is None and (accepted is None or len(payload) < _COMPRESS_FROM_BYTES):
+        small = accepted is None or len(payload) < _COMPRESS_FROM_BYTES
+        if json_bytes is None and small and not answer.fallback:
             exchange.reply_json(payload)
         else:
             extra: tuple[tuple[bytes, bytes], ...] = ()
             if json_bytes is not None:
                 extra = ((b"inference-header-content-length", b"%d" % json_bytes),)
+            if answer.fallback:
+                extra += ((b"parbake-fallback", answer.fallback.encode()),)
             if accepted is not None and len(payload) >= _COMPRESS_FROM_BYTES:
                 payload, encoding = compress(payload, accepted)
                 extra += encoding
@@ -105,6 +122,44 @@ class PredictionEndpoint:
             answer.rows,
             answer.baked_rows,
         )
+
+    def _rescue(self, exchange: Exchange, error: ParbakeError) -> None:
+        """Have the fallback answer a request that went a short way, in place of an error that the model gave."""
+        served, fallback = self._served, self._served.fallback
+        if fallback is None or not isinstance(error, RESCUED):
+            self._fail(exchange, error)
+            return
+        try:
+            call = self._codec.read(exchange.body, exchange.head.json_bytes or None)
+            parsed = perf_counter()
+
+            def done(result: Answer | ParbakeError) -> None:
+                if isinstance(result, ParbakeError):
+                    self._fail(exchange, result)
+                else:
+                    self._send(exchange, call, result, parsed)
+
+            inputs = call.inputs
+            deadline = exchange.arrived + served.deadline_s
+            asked = Asked(
+                inputs.raws,
+                inputs.rows,
+                inputs.shapes,
+                deadline,
+                exchange,
+                exchange.arrived,
+                call.priority,
+                exchange.client,
+            )
+            answer = fallback.instead(served, asked, error, done)
+        except ParbakeError as refused:
+            self._fail(exchange, refused)
+            return
+        except Exception:
+            self._failed_unexpectedly(exchange)
+            return
+        if answer is not None:
+            self._send(exchange, call, answer, parsed)
 
     def _failed_unexpectedly(self, exchange: Exchange) -> None:
         self._served.refused(fail_unexpectedly(exchange).code, exchange.arrived)
@@ -137,6 +192,17 @@ def _deadline_ms(value: bytes) -> int:
             "a deadline of 0 ms cannot be met", path="parbake-deadline-ms", hint="send at least 1"
         )
     return milliseconds
+
+
+def _priority(value: bytes) -> int:
+    found = _PRIORITIES.get(value.lower())
+    if found is None:
+        raise InvalidInput(
+            f"no priority {value[:40].decode('latin-1')!r}",
+            path="parbake-priority",
+            hint="high, normal or low",
+        )
+    return found
 
 
 def _whole(value: bytes) -> int:

@@ -36,7 +36,8 @@ class ReplyMemo:
     def offer(self, shelf: dict[bytes, Known], body: bytes, known: Known) -> None:
         """Keep this on a shelf, if the body has been seen before and is not too long."""
         mark = hash(body)
-        place, mark = mark % _MARKS, mark // _MARKS & 0xFF
+        # Never 0, which is there before anybody was.
+        place, mark = mark % _MARKS, mark // _MARKS & 0xFF | 1
         if self._marks[place] != mark:
             self._marks[place] = mark
             return

@@ -11,6 +11,7 @@ import math
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any, Final, overload
 
 import msgspec
@@ -19,6 +20,7 @@ from msgspec import Struct
 from parbake.contract.datatypes import FLOATS
 from parbake.contract.record import Records
 from parbake.errors import InvalidInput, InvalidRequest, MalformedBody
+from parbake.runtime.waiting import NORMAL
 from parbake.serving.model import Answer
 from parbake.serving.service import ServedVersion
 from parbake.transports.http.protocol import OK_JSON
@@ -32,10 +34,11 @@ from parbake.transports.inputs import (
     unpack_values,
     wire_shape,
 )
-from parbake.transports.parameters import output_position, refuse_unsupported, timeout_s
+from parbake.transports.parameters import output_position, priority_of, refuse_unsupported, timeout_s
 
 _FRAME_BYTES: Final = 1024
 _MOST_DIMENSIONS: Final = 32
+_MOST_FRAMES: Final = 64
 _SHORT_ELEMENTS: Final = 64
 """Most output values per row on the short way: larger replies may have to be compressed."""
 
@@ -85,6 +88,7 @@ class InferCall:
     inputs: Inputs
     id: str = ""
     timeout_s: float = 0.0
+    priority: int = NORMAL
     wanted: tuple[tuple[int, bool], ...] | None = None
     """Positions of the outputs to send and whether as binary; None: all, as JSON."""
 
@@ -116,6 +120,14 @@ class InferCodec:
         """Whether `read_row` and `write_row` are for this contract."""
         self._frame = (b"\0", b"\0", 0, 0)
         """What stood before and after the values in the last body read; no body begins with NUL."""
+        self.binary: dict[bytes, tuple[bytes, str]] = {}
+        """By the JSON of requests whose binary data is one row: how the reply begins, up to the outputs' raw bytes
+        (nothing where it is all JSON), and the request id."""
+        self._row_bytes = spec.row_bytes
+        self._allow_nan = spec.allow_nan
+        self._unpack_row: Callable[[bytes], tuple[float, ...]] = (
+            packer.unpack if packer is not None else _no_struct
+        )
         self._values = msgspec.json.Decoder(list[float]).decode
         self._pack: Callable[..., bytes] = packer.pack if packer is not None else _no_struct
         self._name = spec.name
@@ -242,6 +254,38 @@ class InferCodec:
         raws, shapes = Records(self._served.contract).split(record)
         return Answer(raws, shapes, 1)
 
+    # The same with binary tensors ------------------------------------------------------------------
+
+    def binary_row(self, raw: bytes) -> bool:
+        """Whether raw bytes are one row of the contract's only input, of values that it allows."""
+        if len(raw) != self._row_bytes:
+            return False
+        if self._allow_nan:
+            return True
+        # One that is no finite number makes the sum none; so may a sum that is too large, and `read` tells them apart.
+        return isfinite(sum(self._unpack_row(raw)))
+
+    def learn_binary(self, head: bytes, call: InferCall) -> None:
+        """Remember the JSON that stood before one row's raw bytes, and how the replies to it begin."""
+        plainly = not call.timeout_s and call.priority == NORMAL and call.inputs.rows == 1
+        if not plainly or len(head) > _FRAME_BYTES:
+            return
+        reply = b""
+        if call.wanted is not None:
+            if call.wanted != tuple((i, True) for i in range(len(self._specs))):
+                return
+            nothing = Answer(
+                [bytes(spec.row_bytes or 0) for spec in self._specs], [s.shape for s in self._specs], 1
+            )
+            payload, size = self.write(nothing, call)
+            reply = (
+                b"HTTP/1.1 200 OK\r\ncontent-type: application/octet-stream\r\ncontent-length: %d\r\n"
+                b"inference-header-content-length: %d\r\n\r\n%b" % (len(payload), size or 0, payload[:size])
+            )
+        if len(self.binary) >= _MOST_FRAMES:
+            self.binary.clear()
+        self.binary[head] = (reply, call.id)
+
     # Requests --------------------------------------------------------------------------------------
 
     def read(self, body: bytes, json_bytes: int | None) -> InferCall:
@@ -284,7 +328,10 @@ class InferCodec:
                 hint="each binary tensor needs its binary_data_size",
             )
         inputs = gather(self._served, given)
-        return InferCall(inputs, request.id, timeout_s(request.parameters), self._wanted(request))
+        parameters = request.parameters
+        return InferCall(
+            inputs, request.id, timeout_s(parameters), priority_of(parameters), self._wanted(request)
+        )
 
     def _raw_of(self, tensor: InputTensor, path: str) -> bytes:
         spec = self._served.contract.input(tensor.name)
@@ -301,7 +348,7 @@ class InferCodec:
             raise _miscounted(tensor, count, data.count(b",") + 1, path)
         try:
             values = msgspec.json.decode(data)
-        except (msgspec.DecodeError, RecursionError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             message = "nested too deeply" if isinstance(error, RecursionError) else str(error)
             raise InvalidInput(message.replace("`", ""), path=f"{path}.data") from error
         if not isinstance(values, list):
@@ -445,5 +492,5 @@ def decode_json(decoder: msgspec.json.Decoder[Any], body: bytes) -> Any:
         raise MalformedBody("the body is nested too deeply") from error
 
 
-def _no_struct(*_: float) -> bytes:
+def _no_struct(*_: Any) -> Any:
     raise ValueError("this contract's input is not a row of numbers")

@@ -8,6 +8,7 @@ which answers it or says what is wrong.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from time import perf_counter
 from typing import Final, cast
 
@@ -42,6 +43,11 @@ class OneRowEndpoint(PredictionEndpoint):
         self._settle = served.stats.settle
         # Bound once: jobs are compared by it.
         self._together = self._all_done
+        self._together_binary = self._all_done_binary
+        self._last_binary = b""
+        self._binary = codec.binary
+        self._is_row = codec.binary_row
+        self._learn_binary = codec.learn_binary
         self._get = served.get
         self._flights = served.flights
         self._recorder = served.recorder
@@ -58,7 +64,7 @@ class OneRowEndpoint(PredictionEndpoint):
         )
         """Where all baked rows are answered; None where there are two places."""
         self._keeps_inputs = served.recorder is not None and served.recorder.wants_inputs
-        self._run = served.batcher.submit if served.batcher is not None and served.mode != "static" else None
+        self._batcher = served.batcher if served.mode != "static" else None
         self._memo = memo
         self._replies = memo.shelf()
         """Of bodies that the table answered."""
@@ -70,7 +76,10 @@ class OneRowEndpoint(PredictionEndpoint):
     def answer(self, exchange: Exchange) -> None:
         """Handle one request; the reply is written now or later."""
         if not (exchange.head.plain and exchange.keep_alive):
-            super().answer(exchange)
+            if exchange.head.json_bytes and exchange.keep_alive:
+                self._answer_binary(exchange, exchange.head.json_bytes)
+            else:
+                super().answer(exchange)
             return
         body = exchange.body
         get = self._get
@@ -100,7 +109,42 @@ class OneRowEndpoint(PredictionEndpoint):
                 if not request_id and self._rereads:
                     self._memo.offer(self._replies, body, (key, record, reply))
                 return
-        if self._run is None or self._served.closed:
+        self._compute(exchange, raw, key, parsed, request_id, b"")
+
+    def _answer_binary(self, exchange: Exchange, json_bytes: int) -> None:
+        """The short way for raw bytes behind JSON that has been here before."""
+        body = exchange.body
+        head, raw = body[:json_bytes], body[json_bytes:]
+        known = self._binary.get(head)
+        if known is None or not self._is_row(raw):
+            # Learned when it comes twice in a row: where each has its own id, each would be read twice.
+            if head == self._last_binary and self._is_row(raw):
+                with suppress(ParbakeError):
+                    # The long way says what is wrong.
+                    self._learn_binary(head, self._codec.read(body, json_bytes))
+            self._last_binary = head
+            super().answer(exchange)
+            return
+        start, request_id = known
+        parsed = perf_counter()
+        key = b""
+        if self._get is not None:
+            key = key_of(raw)
+            record = self._get(key)
+            if record is not None:
+                reply = start + record if start else self._write_row(record, request_id)
+                if self._keeps_inputs:
+                    self._note(exchange, key, self._served.where_baked(key), (raw,), record)
+                self._answer(exchange, reply, parsed, key, record)
+                return
+        self._compute(exchange, raw, key, parsed, request_id, start)
+
+    def _compute(
+        self, exchange: Exchange, raw: bytes, key: bytes, parsed: float, request_id: str, start: bytes
+    ) -> None:
+        """Have the model answer a row. ``start``: what the reply begins with where it is binary."""
+        batcher = self._batcher
+        if batcher is None or self._served.closed:
             super().answer(exchange)
             return
         job = _Row()
@@ -110,18 +154,26 @@ class OneRowEndpoint(PredictionEndpoint):
         job.done = self._done
         job.caller = exchange.protocol
         job.exchange = exchange
+        holder = exchange.head.holder
+        if holder is not None:
+            job.belongs(holder.name)
         job.queued = parsed
-        if request_id:
+        if start:
+            job.start = start
+            job.together = self._together_binary
+        elif request_id:
             job.request_id = request_id
         else:
             job.together = self._together
         try:
             if self._flights is not None:
                 self._flights.board(key, job)
+            elif exchange.protocol.alone:
+                batcher.submit_at_once(job)
             else:
-                self._run(job)
+                batcher.submit(job)
         except ParbakeError as error:
-            self._fail(exchange, error)
+            self._rescue(exchange, error)
 
     def _note(self, exchange: Exchange, key: bytes, where: int, raws: Sequence[bytes], record: bytes) -> None:
         recorder = self._recorder
@@ -192,8 +244,18 @@ class OneRowEndpoint(PredictionEndpoint):
         """The model has answered a batch of such rows."""
         replies = self._write_rows(outcome.raws)
         if replies is None:
-            raws = zip(*map(_rows_of, outcome.raws, [len(jobs)] * len(outcome.raws)), strict=True)
-            replies = [self._write_row(b"".join(row), "") for row in raws]
+            replies = [self._write_row(record, "") for record in _records_of(outcome, len(jobs))]
+        self._reply_all(jobs, replies, outcome)
+
+    def _all_done_binary(self, jobs: Sequence[Job], outcome: Outcome) -> None:
+        """The same where the replies are binary."""
+        rows = cast("Sequence[_Row]", jobs)  # only rows have this callback
+        records = _records_of(outcome, len(jobs))
+        self._reply_all(
+            jobs, [job.start + record for job, record in zip(rows, records, strict=True)], outcome
+        )
+
+    def _reply_all(self, jobs: Sequence[Job], replies: Sequence[bytes], outcome: Outcome) -> None:
         model_s = outcome.seconds
         log = self._log
         rows = cast("Sequence[_Row]", jobs)  # only rows have this callback
@@ -227,7 +289,7 @@ class OneRowEndpoint(PredictionEndpoint):
         if job.error is not None:
             if self._flights is not None:
                 self._flights.failed(job, job.error)
-            self._fail(exchange, job.error)
+            self._rescue(exchange, job.error)
             return
         record = self._served.landed(job)
         if self._recorder is not None:
@@ -235,7 +297,7 @@ class OneRowEndpoint(PredictionEndpoint):
                 exchange, job.key or key_of(job.raws[0]), JOINED if job.joined else MODEL, job.raws, record
             )
         try:
-            reply = self._write_row(record, job.request_id)
+            reply = job.start + record if job.start else self._write_row(record, job.request_id)
         except Exception:
             self._failed_unexpectedly(exchange)
             return
@@ -252,9 +314,15 @@ class _Row(Job):
 
     rows = 1
     request_id = ""
+    start = b""
     exchange: Exchange
 
     __init__ = object.__init__
+
+
+def _records_of(outcome: Outcome, rows: int) -> list[bytes]:
+    columns = [_rows_of(raw, rows) for raw in outcome.raws]
+    return columns[0] if len(columns) == 1 else [b"".join(row) for row in zip(*columns, strict=True)]
 
 
 def _rows_of(raw: bytes, rows: int) -> list[bytes]:
@@ -266,6 +334,6 @@ def endpoint(
     served: ServedVersion, codec: InferCodec, max_body_bytes: int, memo: ReplyMemo
 ) -> PredictionEndpoint:
     """The quickest endpoint that a version's contract allows."""
-    if codec.has_short_way:
+    if codec.has_short_way and not (served.fallback is not None and served.fallback.keeps):
         return OneRowEndpoint(served, codec, max_body_bytes, memo)
     return PredictionEndpoint(served, codec, max_body_bytes)

@@ -21,12 +21,14 @@ _JSON: Final = "application/json"
 _BINARY: Final = "application/octet-stream"
 _STATUSES: Final = {
     400: "The request does not fit; `path` says where, `hint` what to do.",
-    403: "Needs the admin token, or is switched off.",
+    401: "Needs an API key that is known.",
+    403: "Needs the admin token or another API key, or is switched off.",
     404: "There is no such thing.",
     405: "The URL takes another method; the `allow` header names it.",
     409: "It does not fit the present state.",
     413: "Over a size limit; the message names the limit.",
     422: "The request was understood and cannot be carried out.",
+    429: "More often than the API key allows: try again after `retry-after` seconds.",
     500: "The model failed, or the server has a bug; the log has it under the correlation id.",
     503: "Starting, overloaded or stopping: try again after `retry-after` seconds.",
     504: "No answer within the deadline.",
@@ -35,8 +37,11 @@ _PREDICTION: Final = (400, 404, 405, 413, 422, 500, 503, 504)
 _LARGEST_HEADER: Final = 10**18 - 1
 
 
-def openapi(versions: Sequence[ServedVersion]) -> bytes:
-    """The document as JSON. Of several versions of a name the last one is also there without its number."""
+def openapi(versions: Sequence[ServedVersion], *, keys: bool = False) -> bytes:
+    """The document as JSON. Of several versions of a name the last one is also there without its number.
+
+    ``keys`` says that callers need API keys.
+    """
     document = _Document()
     document.server()
     for served in versions:
@@ -45,6 +50,8 @@ def openapi(versions: Sequence[ServedVersion]) -> bytes:
     for served in defaults.values():
         document.default(served)
     document.models(list(defaults), versions)
+    if keys:
+        document.keys()
     return msgspec.json.encode(document.content)
 
 
@@ -152,6 +159,25 @@ class _Document:
                 }
             }
 
+    def keys(self) -> None:
+        """Say of everything but probes and pages that it needs an API key, and what is answered without."""
+        self.content["components"]["securitySchemes"] = {
+            "bearer": {"type": "http", "scheme": "bearer", "description": "An API key."},
+            "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+        }
+        self.content["security"] = [{"bearer": []}, {"x-api-key": []}]
+        for path, methods in self._paths.items():
+            for operation in methods.values():
+                if path in ("/", "/docs") or path.endswith(("/live", "/ready")):
+                    operation["security"] = []
+                elif path.endswith(("/load", "/unload")):
+                    operation["security"] = [{"bearer": []}]
+                else:
+                    responses = operation["responses"]
+                    for status in ("401", "403", "429"):
+                        responses[status] = {"$ref": f"#/components/responses/{status}"}
+                    operation["responses"] = dict(sorted(responses.items()))
+
     # Contracts -------------------------------------------------------------------------------------
 
     def version(self, served: ServedVersion) -> None:
@@ -181,7 +207,7 @@ class _Document:
             "summary": f"Predict with {served.name}, by column name.",
             "description": _described(served),
             "tags": ["models"],
-            "parameters": [_deadline()],
+            "parameters": [_deadline(), _priority()],
             "requestBody": _body(
                 {
                     "oneOf": [
@@ -256,7 +282,7 @@ class _Document:
             "summary": f"Predict with {served.name}, by the Open Inference Protocol.",
             "description": _described(served),
             "tags": ["models"],
-            "parameters": [_deadline(), length],
+            "parameters": [_deadline(), _priority(), length],
             "requestBody": body,
             "responses": responses,
         }
@@ -448,12 +474,21 @@ def _deadline() -> Schema:
     )
 
 
+def _priority() -> Schema:
+    return _parameter(
+        "parbake-priority",
+        "header",
+        {"enum": ["high", "normal", "low"]},
+        "Who goes first while more is asked for than can be answered.",
+    )
+
+
 def _responses() -> Schema:
     responses: Schema = {
         str(status): {"description": words, "content": {_JSON: {"schema": _ref("Error")}}}
         for status, words in _STATUSES.items()
     }
-    for status in ("503", "504"):
+    for status in ("429", "503", "504"):
         responses[status]["headers"] = {
             "retry-after": {"schema": {"type": "integer"}, "description": "Seconds to wait."}
         }
@@ -538,10 +573,14 @@ _COMMON: Final[dict[str, Schema]] = {
         _object(name=_TEXT, version=_TEXT, state={"enum": ["READY", "UNAVAILABLE"]}, reason=_TEXT)
     ),
     "InferParameters": _object(
-        {"timeout": "Microseconds within which the answer is wanted; 0: the deployment's deadline."},
+        {
+            "timeout": "Microseconds within which the answer is wanted; 0: the deployment's deadline.",
+            "priority": "1 goes first, 0 or 2 as usual, 3 when nothing else waits.",
+        },
         required=(),
         additional=True,
         timeout=_COUNT,
+        priority=_COUNT,
         binary_data_output={"type": "boolean"},
     ),
 }

@@ -13,7 +13,7 @@ import termios
 import zlib
 from array import array
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from time import perf_counter
@@ -22,12 +22,18 @@ from typing import Final
 import httptools
 
 from parbake.errors import MalformedBody, MethodNotAllowed, Overloaded, ParbakeError, RequestTooLarge
-from parbake.transports.http.replies import error_reply
+from parbake.transports.http.replies import error_reply, status_of
+from parbake.transports.keys import Holder
 
 _MAX_HEAD_BYTES: Final = 32 * 1024
 _MAX_HEADERS: Final = 100
 _MAX_PIPELINED: Final = 128
 _MAX_LENGTH_DIGITS: Final = 18
+_STRANGERS_BYTES: Final = 64 * 1024
+"""Largest body that is taken before anybody asks whose it is."""
+_PACKED_RATIO: Final = 200
+_UNPACKED_BYTES: Final = 1024 * 1024
+"""What any body may unpack to, however small it is."""
 _LINGER_S: Final = 2.0
 """How long a client whose request was refused may be silent before its connection is closed."""
 _HALF_CLOSED_S: Final = 1.0
@@ -63,7 +69,17 @@ OK_JSON: Final = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-
 class Head:
     """The head of a request, parsed. ``headers`` have names in lower case; of repeated ones the last counts."""
 
-    __slots__ = ("headers", "keep_alive", "length", "method", "path", "plain", "query")
+    __slots__ = (
+        "headers",
+        "holder",
+        "json_bytes",
+        "keep_alive",
+        "length",
+        "method",
+        "path",
+        "plain",
+        "query",
+    )
 
     def __init__(self) -> None:
         self.method = b""
@@ -75,6 +91,10 @@ class Head:
         """Bytes of the body, where it was sent with its length."""
         self.plain = False
         """POST, kept alive, and no header that changes how body or reply are to be read."""
+        self.json_bytes = 0
+        """Bytes of JSON before binary tensors, where that is all that keeps the head from being plain; else 0."""
+        self.holder: Holder | None = None
+        """Whose API key the head has, once it is found to be good for the path; None where keys are not needed."""
 
     def finish(self, url: bytes, method: bytes, keep_alive: bool) -> None:
         """Take in what is known at the end of the head."""
@@ -88,10 +108,17 @@ class Head:
         self.path, _, self.query = url.partition(b"?")
         length = self.headers.get(b"content-length", b"0")
         self.length = int(length) if length.isdigit() else 0
-        self.plain = method == b"POST" and keep_alive and self.headers.keys().isdisjoint(_SPECIAL)
+        special = self.headers.keys() & _SPECIAL
+        self.plain = method == b"POST" and keep_alive and not special
+        if method == b"POST" and keep_alive and special == _BINARY:
+            size = self.headers[b"inference-header-content-length"]
+            self.json_bytes = int(size) if size.isdigit() and len(size) <= _MAX_LENGTH_DIGITS else 0
 
 
-_SPECIAL: Final = frozenset((b"content-encoding", b"inference-header-content-length", b"parbake-deadline-ms"))
+_SPECIAL: Final = frozenset(
+    (b"content-encoding", b"inference-header-content-length", b"parbake-deadline-ms", b"parbake-priority")
+)
+_BINARY: Final = frozenset((b"inference-header-content-length",))
 _UPGRADE: Final = frozenset((b"upgrade", b"connection", b"http2-settings"))
 _MEMO_HEADS: Final = 512
 _MEMO_HEAD_BYTES: Final = 1024
@@ -173,6 +200,12 @@ class Exchange:
         return self.protocol.closed
 
     @property
+    def client(self) -> str:
+        """Name of the client by its API key, "" where none is needed."""
+        holder = self.head.holder
+        return holder.name if holder is not None else ""
+
+    @property
     def peer(self) -> str:
         """The client's address, or "" for a Unix socket."""
         return self.protocol.peer
@@ -201,6 +234,8 @@ class Site:
     connections: set[HttpProtocol] = field(default_factory=set)
     refused: Callable[[ParbakeError], None] = lambda error: None
     """Told of what is refused before it is a whole request."""
+    admits: Callable[[Mapping[bytes, bytes]], Holder] | None = None
+    """Says by the headers whose API key a request has, or raises; None where none is needed."""
     heads: dict[bytes, Head] = field(default_factory=dict)
     arriving_bytes: int = 0
     """Bytes of bodies whose end is not here yet."""
@@ -485,6 +520,8 @@ class HttpProtocol(asyncio.Protocol):
             if int(length) > self._limits.max_body_bytes:
                 self._too_large(int(length))
                 return
+        if self._site.admits is not None and not self._known(headers):
+            return
         if (
             headers.get(b"expect", b"").lower() == b"100-continue"
             # Before the replies of others it would be taken for part of them.
@@ -492,6 +529,19 @@ class HttpProtocol(asyncio.Protocol):
             and self._parser.get_http_version() == "1.1"
         ):
             self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def _known(self, headers: Mapping[bytes, bytes]) -> bool:
+        """Whether a body may be taken from this client; one that has no key is not worth the memory."""
+        length = headers.get(b"content-length", b"0")
+        small = length.isdigit() and int(length) <= _STRANGERS_BYTES
+        if self._site.admits is None or (small and b"transfer-encoding" not in headers):
+            return True
+        try:
+            self._site.admits(headers)
+        except ParbakeError as error:
+            self._refuse(status_of(type(error)), error)
+            return False
+        return True
 
     def on_chunk_header(self) -> None:
         """A chunk begins, or after the last one the trailer."""
@@ -763,7 +813,10 @@ def _nowhere(data: bytes) -> None:
 
 
 def decompress(body: bytes, encoding: bytes, limit: int) -> bytes:
-    """Undo gzip or deflate (RFC 9110), giving at most ``limit`` bytes. Raises `MalformedBody`, `RequestTooLarge`."""
+    """Undo gzip or deflate (RFC 9110), giving at most ``limit`` bytes, and no multitude of what came in.
+
+    Raises `MalformedBody`, `RequestTooLarge`.
+    """
     if encoding in (b"gzip", b"x-gzip"):
         wbits = 31
     elif encoding == b"deflate":
@@ -775,11 +828,18 @@ def decompress(body: bytes, encoding: bytes, limit: int) -> bytes:
             f"content-encoding {encoding.decode('latin-1')!r} is not known", hint="use gzip, deflate or none"
         )
     unpacker = zlib.decompressobj(wbits)
+    # Whoever sends little shall not make us hold much.
+    most = min(limit, max(_PACKED_RATIO * len(body), _UNPACKED_BYTES))
     try:
-        content = unpacker.decompress(body, limit + 1)
+        content = unpacker.decompress(body, most + 1)
     except zlib.error as error:
         raise MalformedBody(f"the body is not {encoding.decode()}: {error}") from error
-    if len(content) > limit:
+    if len(content) > most:
+        if most < limit:
+            raise RequestTooLarge(
+                f"the body unpacks to more than {_PACKED_RATIO} times its {len(body)} bytes",
+                hint="send it without content-encoding",
+            )
         raise RequestTooLarge(
             f"the body unpacks to more than {limit} bytes", hint="send fewer rows, or raise max_body_bytes"
         )

@@ -8,19 +8,21 @@ from typing import Final
 import msgspec
 
 from parbake import errors
-from parbake.errors import MethodNotAllowed, ParbakeError, Unavailable
+from parbake.errors import MethodNotAllowed, ParbakeError, Unauthenticated, Unavailable
 
 STATUSES: Final[dict[type[ParbakeError], int]] = {
     errors.MalformedBody: 400,
     errors.InvalidInput: 400,
     errors.RequestTooLarge: 413,
     errors.RowRejected: 422,
+    errors.Unauthenticated: 401,
     errors.NotAllowed: 403,
     errors.Conflict: 409,
     errors.InvalidRequest: 400,
     errors.MethodNotAllowed: 405,
     errors.NotFound: 404,
     errors.Overloaded: 503,
+    errors.RateLimited: 429,
     errors.DeadlineExceeded: 504,
     errors.Unavailable: 503,
     errors.ModelFailed: 500,
@@ -63,4 +65,6 @@ def error_reply(
         headers = ((b"retry-after", b"%d" % max(1, math.ceil(error.retry_after_s))),)
     if isinstance(error, MethodNotAllowed):
         headers = ((b"allow", ", ".join(error.methods).encode()),)
+    if isinstance(error, Unauthenticated):
+        headers = ((b"www-authenticate", b'Bearer realm="parbake"'),)
     return status_of(type(error)), msgspec.json.encode(body), headers

@@ -23,7 +23,8 @@ from parbake.transports.http.one_row import endpoint
 from parbake.transports.http.openapi import openapi
 from parbake.transports.http.page import page
 from parbake.transports.http.people import PeopleCodec
-from parbake.transports.http.protocol import JSON, Exchange, allow
+from parbake.transports.http.protocol import JSON, Exchange, Head, allow
+from parbake.transports.keys import EVERYBODY, Gate, Holder, check_deployment, check_everything
 from parbake.transports.metadata import (
     model_config,
     model_metadata,
@@ -52,8 +53,11 @@ class ControlRequest(Struct, frozen=True, forbid_unknown_fields=True):
 class Router:
     """Hands each request of one front to what answers it. `rebuild` follows every change of plan."""
 
-    def __init__(self, front: Front, settings: ServerSettings, access: Access) -> None:
+    def __init__(
+        self, front: Front, settings: ServerSettings, access: Access, gate: Gate | None = None
+    ) -> None:
         self._front = front
+        self._gate = gate
         self._repository = Repository(front)
         self._settings = settings
         self._access = access
@@ -103,6 +107,49 @@ class Router:
             exchange.fail(error)
         except Exception:
             self._front.refuse(fail_unexpectedly(exchange))
+
+    def answer_known(self, exchange: Exchange) -> None:
+        """Answer one request where API keys are needed, if its key is good for it."""
+        head = exchange.head
+        try:
+            holder = head.holder
+            if holder is None or not holder.valid:
+                # Heads are remembered, and what is found out about one holds for all that are equal to the byte.
+                holder = head.holder = self._holder(head)
+            holder.take()
+        except ParbakeError as error:
+            self._front.refuse(error)
+            exchange.fail(error)
+            return
+        except Exception:
+            self._front.refuse(fail_unexpectedly(exchange))
+            return
+        self.answer(exchange)
+
+    def _holder(self, head: Head) -> Holder:
+        """Whose key a request has. Raises `Unauthenticated`, or `NotAllowed` where it is not for this URL.
+
+        Whether there is such a deployment, or such a URL, is for those to know who may ask.
+        """
+        if self._gate is None or head.path in _FOR_EVERYBODY:
+            return EVERYBODY
+        if head.path in self._fixed:
+            holder = self._gate.holder(head.headers)
+            if head.path == b"/metrics":
+                check_everything(holder)
+            return holder
+        match [_text(part) for part in head.path.split(b"/")[1:]]:
+            case ["v2", "models", _, "ready"] | ["v2", "models", _, "versions", _, "ready"]:
+                return EVERYBODY
+            case ["v2", "repository", "models", _, "load" | "unload"]:
+                # For this there is another rule, and another token.
+                return EVERYBODY
+            case ["v2", "models", name, *_] | ["predict", name, *_]:
+                holder = self._gate.holder(head.headers)
+                check_deployment(holder, name)
+                return holder
+            case _:
+                return self._gate.holder(head.headers)
 
     def _by_parts(self, exchange: Exchange) -> None:
         parts = [_text(part) for part in exchange.path.split(b"/")[1:]]
@@ -179,17 +226,20 @@ class Router:
 
     def _all_statistics(self, exchange: Exchange) -> None:
         allow(exchange, b"GET", b"HEAD")
-        self._later(exchange, lambda: self._statistics("", ""))
+        self._later(exchange, lambda: self._statistics("", "", exchange.head.holder or EVERYBODY))
 
-    async def _statistics(self, name: str, version: str) -> tuple[bytes, bytes]:
+    async def _statistics(self, name: str, version: str, holder: Holder = EVERYBODY) -> tuple[bytes, bytes]:
         counts = await self._repository.counts()
-        return msgspec.json.encode(statistics(self._repository.versions(name, version), counts)), JSON
+        versions = [served for served in self._repository.versions(name, version) if holder.may(served.name)]
+        return msgspec.json.encode(statistics(versions, counts)), JSON
 
     # People ----------------------------------------------------------------------------------------
 
     def _openapi(self, exchange: Exchange) -> None:
         allow(exchange, b"GET", b"HEAD")
-        exchange.reply_json(openapi(self._front.versions()))
+        holder = exchange.head.holder or EVERYBODY
+        versions = [served for served in self._front.versions() if holder.may(served.name)]
+        exchange.reply_json(openapi(versions, keys=self._gate is not None))
 
     def _page(self, exchange: Exchange) -> None:
         allow(exchange, b"GET", b"HEAD")
@@ -209,7 +259,8 @@ class Router:
         ready_only = False
         if body := exchange.content(self._settings.max_body_bytes):
             ready_only = decode_json(msgspec.json.Decoder(IndexRequest), body).ready
-        listed = self._repository.index(ready_only=ready_only)
+        holder = exchange.head.holder or EVERYBODY
+        listed = [item for item in self._repository.index(ready_only=ready_only) if holder.may(item.name)]
         exchange.reply_json(msgspec.json.encode(repository_index(listed)))
 
     def _control(self, exchange: Exchange, name: str, action: str) -> None:
@@ -248,6 +299,8 @@ class Router:
         task.add_done_callback(self._tasks.discard)
 
 
+_FOR_EVERYBODY: Final = frozenset((b"/v2/health/live", b"/v2/health/ready", b"/", b"/docs"))
+"""Probes have no key; the page holds nothing, and asks for one."""
 _MODEL_PARTS: Final = frozenset({"", "versions", "ready", "config", "stats"})
 
 

@@ -17,7 +17,8 @@ CLASSES = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if is
 # What a gateway between the two would make of a status (google.rpc.Code), widened to the statuses that we tell apart.
 HTTP = {
     grpc.StatusCode.INVALID_ARGUMENT: {400, 422},
-    grpc.StatusCode.RESOURCE_EXHAUSTED: {413},
+    grpc.StatusCode.RESOURCE_EXHAUSTED: {413, 429},
+    grpc.StatusCode.UNAUTHENTICATED: {401},
     grpc.StatusCode.PERMISSION_DENIED: {403},
     grpc.StatusCode.FAILED_PRECONDITION: {409, 422},
     grpc.StatusCode.NOT_FOUND: {404},

@@ -1,4 +1,4 @@
-"""The bare loop and parser: uvloop and httptools, every request answered with the same bytes. Nothing is checked."""
+"""The bare loop and parser: uvloop and httptools, every request answered with the same bytes: ``server.py PORT``."""
 
 from __future__ import annotations
 

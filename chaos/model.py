@@ -1,0 +1,135 @@
+"""What a scenario is, and what it finds: promises, and whether they held."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from msgspec import Struct
+
+from chaos.load import Heard
+
+
+class NotTested(Exception):
+    """The scenario cannot be played here; the words say why, and what it would take."""
+
+
+class Check(Struct, frozen=True):
+    """One thing that was promised, and what was observed."""
+
+    promise: str
+    wanted: str
+    """In words: ``at most 1,000 ms``."""
+    got: float | None
+    """None for what never came."""
+    unit: str
+    held: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Where and how long a scenario plays."""
+
+    folder: Path
+    seconds: float
+    """Of load while something is broken, about."""
+    quick: bool
+    say: Callable[[str], None]
+    """Names what is under way."""
+
+
+@dataclass(slots=True)
+class Observed:
+    """What a scenario saw."""
+
+    heard: list[Heard]
+    checks: list[Check]
+    figures: dict[str, float]
+    """Other numbers that are worth knowing, by name with unit."""
+    hopeless: tuple[str, ...] = ()
+    """Streams that can have no right answer."""
+
+    @property
+    def outage_ms(self) -> float:
+        """Longest time that any callers were without a right answer who could have had one."""
+        return max((h.outage_ms() for h in self.heard if h.name not in self.hopeless), default=0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """One way to break a server."""
+
+    name: str
+    broken: str
+    """What is done to it, in words."""
+    promised: str
+    """What its callers are promised then, in words."""
+    play: Callable[[Stage], Observed]
+
+
+class Finding(Struct, frozen=True):
+    """What one scenario came to."""
+
+    name: str
+    broken: str
+    promised: str
+    seconds: float
+    checks: tuple[Check, ...] = ()
+    requests: int = 0
+    failed: dict[str, int] = {}
+    """Requests without an answer, by what their callers were told."""
+    wrong: int = 0
+    complaint: str = ""
+    outage_ms: float = 0.0
+    figures: dict[str, float | None] = {}
+    not_tested: str = ""
+    """Why it could not be played here."""
+
+    @property
+    def held(self) -> bool:
+        """Whether every promise did."""
+        return all(check.held for check in self.checks)
+
+
+def none(promise: str, got: float) -> Check:
+    """A promise that something never happens."""
+    return Check(promise, "0", _number(got), "", got == 0)
+
+
+def at_most(promise: str, got: float, most: float, unit: str = "") -> Check:
+    """A promise with a limit that is not passed."""
+    return Check(promise, f"at most {most:,g} {unit}".rstrip(), _number(got), unit, got <= most)
+
+
+def at_least(promise: str, got: float, least: float, unit: str = "") -> Check:
+    """A promise with a limit that is reached."""
+    return Check(promise, f"at least {least:,g} {unit}".rstrip(), _number(got), unit, got >= least)
+
+
+def _number(got: float) -> float | None:
+    """As JSON can have it."""
+    return float(got) if math.isfinite(got) else None
+
+
+def finding(scenario: Scenario, seen: Observed, seconds: float) -> Finding:
+    """Sum up what was seen. A wrong answer breaks a promise in every scenario."""
+    wrong = sum(heard.wrong for heard in seen.heard)
+    failed: dict[str, int] = {}
+    for heard in seen.heard:
+        for reason, count in heard.reasons().items():
+            failed[reason] = failed.get(reason, 0) + count
+    return Finding(
+        scenario.name,
+        scenario.broken,
+        scenario.promised,
+        seconds,
+        (none("wrong answers", wrong), *seen.checks),
+        sum(len(heard.noted) for heard in seen.heard),
+        failed,
+        wrong,
+        next((heard.complaint for heard in seen.heard if heard.complaint), ""),
+        seen.outage_ms,
+        {name: _number(value) for name, value in seen.figures.items()},
+    )
