@@ -112,7 +112,8 @@ def test_who_gets_no_answer_gives_up_after_his_patience(port: int) -> None:
         port, asking("patient", "hangs", ROWS, 2, connections=1, patience_s=0.2), seconds=0.1
     ).values()
     assert {noted.status for noted in heard.noted} == {SILENT}
-    assert all(noted.ended - noted.began >= 0.2 for noted in heard.noted)
+    # Timers of the loop are good to a millisecond or two.
+    assert all(noted.ended - noted.began > 0.19 for noted in heard.noted)
 
 
 def test_nobody_there_is_noted_too(port: int) -> None:
