@@ -33,7 +33,8 @@ class One(Worker):
 
     def serialize(self, data: Answers) -> bytes:
         """An answer to JSON."""
-        return orjson.dumps(self._model.reply(data))
+        payload: bytes = orjson.dumps(self._model.reply(data))
+        return payload
 
 
 class Batches(One):
