@@ -18,7 +18,8 @@ from prometheus_client.parser import text_string_to_metric_families
 import parbake
 from parbake import errors, testing
 from parbake.app.control import AllCounts, HeadCounts, LogRows, VersionCounts
-from parbake.app.metrics import RunnerState, ServerState, VersionState, render
+from parbake.app.metrics import DemandState, RoomsState, RunnerState, ServerState, VersionState, render
+from parbake.app.rooms import LOAD_BOUNDS_S
 from parbake.cli.exits import EXITS, Exit
 from parbake.cli.main import COMMANDS, group
 from parbake.contract.model import Contract, Step, TensorSpec
@@ -327,6 +328,9 @@ def _metrics() -> Iterator[str]:
         [RunnerState("eta", "1", 0, 1)],
         AllCounts((VersionCounts("eta", "1", stats.counts(0), HeadCounts()),), 0, {}, LogRows(), {"team": 1}),
         {"eta": Traffic(1, Estimate(1, 1, 1), 0.0, 1.0, (), 0.0, 0.0, 0.0)},
+        RoomsState(
+            [DemandState("eta", "1", True, 1, 1, 0)], 0, 0, LOAD_BOUNDS_S, [1] * (len(LOAD_BOUNDS_S) + 1), 1.0
+        ),
     )
     rows = []
     for family in text_string_to_metric_families(page):
@@ -337,6 +341,7 @@ def _metrics() -> Iterator[str]:
         )
     yield from _table(("name", "type", "labels", "meaning"), rows)
     yield f"\nBuckets of times, in seconds: {', '.join(f'{bound:g}' for bound in BOUNDS_S)}."
+    yield f"Buckets of loading times: {', '.join(f'{bound:g}' for bound in LOAD_BOUNDS_S)}."
     yield f"Buckets of batches, in rows: {', '.join(map(str, BATCH_BOUNDS))}."
 
 

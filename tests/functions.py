@@ -50,7 +50,13 @@ def write_function(
 
 
 def write_scaled(
-    path: Path, factor: float, *, name: str = "scaled", replace: bool = False, **rest: Any
+    path: Path,
+    factor: float,
+    *,
+    name: str = "scaled",
+    owner: str = "tests@parbake.example",
+    replace: bool = False,
+    **rest: Any,
 ) -> StoredBundle:
     """Write a bundle at ``path``: input ``x`` FP32 (2,), output ``y`` = ``factor`` x."""
     onnx = models.model(
@@ -65,7 +71,7 @@ def write_scaled(
         outputs=(Y,),
         steps=(Step("onnx", "model.onnx"),),
         purpose="multiplies",
-        owner="tests@parbake.example",
+        owner=owner,
         **rest,
     )
     x = np.array([[1.0, 2.0], [3.0, 4.5]], np.float32)

@@ -22,6 +22,7 @@ from parbake.names import Name
 Mode = Literal["dynamic", "static", "hybrid"]
 WantedMode = Literal["dynamic", "static", "hybrid", "auto"]
 Placement = Literal["auto", "inline", "process"]
+LoadWhen = Literal["always", "on-demand"]
 
 CONFIG_FILE: Final = "parbake.toml"
 ENVIRONMENT_PREFIX: Final = "PARBAKE_"
@@ -118,6 +119,11 @@ class ServerSettings(Struct, frozen=True, forbid_unknown_fields=True):
     idle_timeout_s: Annotated[
         float, Option("Time a connection may stay without a request.", "SECONDS"), msgspec.Meta(gt=0)
     ] = 75.0
+    memory_bytes: Annotated[
+        int,
+        Option("Memory for the models that are loaded on demand; 0 sets no limit.", "BYTES"),
+        msgspec.Meta(ge=0),
+    ] = 0
     drain_timeout_s: Annotated[
         float, Option("Time given to accepted requests when stopping.", "SECONDS"), msgspec.Meta(ge=0)
     ] = 30.0
@@ -224,6 +230,21 @@ class DeploymentSettings(Struct, frozen=True, forbid_unknown_fields=True):
     placement: Annotated[
         Placement, Option("Where the model runs: in the front, in a process of its own, or as measured.")
     ] = "auto"
+    load: Annotated[
+        LoadWhen,
+        Option(
+            "When the model is loaded: at the start, for good, or when it is wanted (docs/how-to/many-models.md)."
+        ),
+    ] = "always"
+    pinned: Annotated[
+        bool, Option("Of models that are loaded on demand: load it at the start, and never put it away.")
+    ] = False
+    group: Annotated[
+        str,
+        Option(
+            "Models loaded on demand that may share a process; without it those of the same owner do.", "NAME"
+        ),
+    ] = ""
     runners: Annotated[int, Option("Runner processes per version.", "N"), msgspec.Meta(ge=1)] = 1
     max_runner_bytes: Annotated[
         int,

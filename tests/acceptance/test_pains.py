@@ -1,7 +1,7 @@
 """What users of other model servers complain of, one test each: it must not happen here.
 
 The numbers are those of the project's list of such complaints; the threads are public. Some come with later parts of
-the product and have no test yet: 10 (long requests need durable results), 16 (many models), 17 (promotion by hand).
+the product and have no test yet: 10 (long requests need durable results), 17 (promotion by hand).
 """
 
 from __future__ import annotations
@@ -316,6 +316,33 @@ class Bomb:
 
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return os.mkdir, (str(self.mark),)
+
+
+def test_pain_16_many_models_thrash_and_start_slowly(tmp_path: Path) -> None:
+    count = 24
+    bundles = [write_scaled(tmp_path / f"m{i}.bundle", i, name=f"m{i}").path for i in range(count)]
+    with serving(*bundles, load="on-demand", workers=1) as server, Call(server.url) as call:
+        for i in range(count):
+            assert call(f"/v2/models/m{i}/infer", infer((1, 2))).status == 200
+        everything = sum(version.memory_bytes for version in client.status(port=server.port).versions)
+    # All together take 1.2 times the budget, and are asked in turn, which is the worst for whoever keeps the latest.
+    budget = round(everything / 1.2)
+    with (
+        serving(*bundles, load="on-demand", workers=1, memory_bytes=budget) as server,
+        Call(server.url) as call,
+    ):
+        cold: list[float] = []
+        for turn in range(8):
+            for i in range(count):
+                noted = call(f"/v2/models/m{i}/infer", infer((1, 2)))
+                assert answer(noted) == [i, 2 * i]
+                if not turn:
+                    cold.append(noted.ended - noted.began)
+        versions = client.status(port=server.port).versions
+    assert sorted(cold)[count // 2] < 0.15
+    assert sum(version.memory_bytes for version in versions) <= budget
+    # Keeping the latest would load one for each request.
+    assert sum(version.loads for version in versions) < 8 * count * 0.85
 
 
 def test_pain_18_a_pickle_runs_the_code_of_whoever_made_it(tmp_path: Path, parbake: Parbake) -> None:

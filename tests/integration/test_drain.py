@@ -74,10 +74,15 @@ def test_what_is_in_the_model_and_behind_it_is_answered(tmp_path: Path) -> None:
             half.send(whole[:-4])
             time.sleep(0.1)
             server.process.send_signal(signal.SIGTERM)
-            wait_for(lambda: "server.draining" in server.log())
-            # Not ready, and said on a connection that was open before.
-            early.send(request("/v2/health/ready", method="GET", length=False))
-            reply = early.reply()
+            # As soon as the front has heard of it: not ready, and said on a connection that was open before.
+            limit = time.monotonic() + 2
+            while True:
+                early.send(request("/v2/health/ready", method="GET", length=False))
+                reply = early.reply()
+                if reply.status != 200:
+                    break
+                assert time.monotonic() < limit, "it is being drained, and says that it is ready"
+                time.sleep(0.01)
             assert reply.status == 503
             assert "draining" in reply.json()["error"]
             assert reply.headers["connection"] == "close"

@@ -193,6 +193,12 @@ class Wedged(Struct, frozen=True, tag=True):
     socket: str
 
 
+class Wanted(Struct, frozen=True, tag=True):
+    """To the supervisor: load the model that listens there. Replied to when it does."""
+
+    socket: str
+
+
 class Done(Struct, frozen=True, tag=True):
     """Reply to whatever has no answer of its own."""
 
@@ -226,6 +232,7 @@ Message = (
     | Load
     | Unload
     | Wedged
+    | Wanted
     | Done
     | Failed
 )

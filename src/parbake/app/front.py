@@ -29,6 +29,7 @@ from parbake.app.control import (
     Prepared,
     Profiles,
     VersionCounts,
+    Wanted,
     Wedged,
 )
 from parbake.app.plan import Placed, Plan, PlanEntry
@@ -46,9 +47,11 @@ from parbake.errors import (
 from parbake.logs import log
 from parbake.monitoring.recorder import Recorder
 from parbake.monitoring.service import Monitor
+from parbake.runtime.asleep import SleepingBackend
 from parbake.runtime.backends import InlineBackend, RunnerBackend
 from parbake.runtime.batcher import Backend, Batcher
 from parbake.runtime.costs import BatchCost
+from parbake.runtime.room import was_at_work
 from parbake.runtime.runner import check_digest, check_environment, time_one_row
 from parbake.runtime.session import Session, check_goldens
 from parbake.serving.defaults import default_record
@@ -70,6 +73,9 @@ _LONGEST_BATCH_S: Final = 0.25
 
 _TEND_S: Final = 0.5
 """How often the learned heads are looked after."""
+
+_WANT_S: Final = 300.0
+"""Longest that loading a model is waited for; callers have deadlines of their own."""
 
 _STEP: Final = 1000
 """Keys that are handled at once."""
@@ -100,6 +106,7 @@ class Front:
         self._loop = loop
         self._on_change = on_change
         self._slots: list[Slot] = []
+        self._by_name: dict[str, list[ServedVersion]] = {}
         self._prepared: dict[int, list[Slot]] = {}
         self._sessions: dict[tuple[str, str], Session] = {}
         self._stats: dict[tuple[str, str], Stats] = {}
@@ -124,7 +131,13 @@ class Front:
     @property
     def ready(self) -> bool:
         """Whether a plan is in force, nothing is being drained, and every version can answer."""
-        return self._plan is not None and not self.draining and all(slot.served.ready for slot in self._slots)
+        return (
+            self._plan is not None
+            and not self.draining
+            and all(
+                slot.served.ready for slot in self._slots if slot.entry.pinned or not slot.entry.on_demand
+            )
+        )
 
     def versions(self) -> list[ServedVersion]:
         """Everything served, in the plan's order."""
@@ -138,7 +151,7 @@ class Front:
         """A version, by default the last of its name. Raises `ModelNotFound`, `VersionNotFound`, `NotReady`."""
         if self._plan is None:
             raise NotReady("models are still being loaded", retry_after_s=1.0)
-        found = [slot.served for slot in self._slots if slot.served.name == name]
+        found = self._by_name.get(name)
         if not found:
             if name in self._plan.unloaded:
                 raise NotReady(
@@ -182,6 +195,11 @@ class Front:
         if isinstance(message, Ping):
             return Done()
         if isinstance(message, GetCounts):
+            # A few at a time: there may be a thousand, and requests are answered in between.
+            for number, stats in enumerate(list(self._stats.values())):
+                stats.fold()
+                if number % 16 == 15:
+                    await asyncio.sleep(0)
             return self._counts()
         if isinstance(message, GetProfiles):
             monitor = self._monitor
@@ -216,6 +234,8 @@ class Front:
                 else:
                     slots.append(await self._load(entry))
                     await self._warm(slots[-1])
+                    # Of a thousand each takes a millisecond, and the supervisor wants to know that this one is there.
+                    await asyncio.sleep(0)
         except BaseException:
             self._release([slot for slot in slots if slot.entry not in have])
             raise
@@ -429,6 +449,9 @@ class Front:
                         await asyncio.sleep(0)
                 except Exception:
                     log().exception("head.not_tended", deployment=slot.entry.name)
+                if slot.entry.on_demand and slot.served.batcher is not None and not slot.served.batcher.up:
+                    # Nobody is woken for what nobody waits for.
+                    continue
                 # A model may be slow: nobody else's records get old while it runs.
                 if not self.draining and (slot.idling is None or slot.idling.done()):
                     slot.idling = self._loop.create_task(_use_idle_time(slot, warmer))
@@ -448,21 +471,47 @@ class Front:
             self._on_change()
 
     def _connect(self, entry: PlanEntry, path: str) -> RunnerBackend:
-        return RunnerBackend(
+        wedged_s = entry.deadline_ms / 1000 + 0.5
+
+        def on_wedged() -> None:
+            if self.channel is not None:
+                self.channel.tell(Wedged(path))
+
+        def at_work() -> bool:
+            return was_at_work(entry.marks, entry.slot)
+
+        if not entry.on_demand:
+            return RunnerBackend(entry.name, path, self._loop, wedged_s=wedged_s, on_wedged=on_wedged)
+        if entry.pinned:
+            return RunnerBackend(
+                entry.name, path, self._loop, wedged_s=wedged_s, on_wedged=on_wedged, at_work=at_work
+            )
+        return SleepingBackend(
             entry.name,
             path,
             self._loop,
-            wedged_s=entry.deadline_ms / 1000 + 0.5,
-            on_wedged=lambda: self.channel.tell(Wedged(path)) if self.channel else None,
+            wedged_s=wedged_s,
+            on_wedged=on_wedged,
+            want=lambda: self._want(path),
+            at_work=at_work,
         )
+
+    async def _want(self, path: str) -> None:
+        """Have the model loaded that listens there."""
+        if self.channel is None:
+            raise NotReady("the supervisor is not there")
+        await self.channel.call(Wanted(path), _WANT_S)
 
     async def _connected(self, entry: PlanEntry, runners: list[RunnerBackend], batcher: Batcher) -> None:
         """Connect to all runners, and from then on let the batcher know when they come and go."""
         for runner in runners:
+            if isinstance(runner, SleepingBackend):
+                batcher.wake = runner.wake
+                runner.on_refused(batcher.refuse)
             runner.watch(on_up=batcher.backend_up, on_down=batcher.backend_down)
             runner.connect()
         limit = self._loop.time() + 30
-        while not all(runner.up for runner in runners):
+        while not all(runner.up or isinstance(runner, SleepingBackend) for runner in runners):
             if self._loop.time() > limit:
                 raise RunnerDown(f"the process of model {entry.name!r} does not accept connections")
             await asyncio.sleep(0.002)
@@ -478,6 +527,9 @@ class Front:
                 while slot.served.head.expire(_STEP) == _STEP:
                     await asyncio.sleep(0)
         old, self._slots = self._slots, slots
+        self._by_name = {}
+        for slot in slots:
+            self._by_name.setdefault(slot.served.name, []).append(slot.served)
         self._plan = self._pending_plan
         self._on_change()
         if self._tending is None:
@@ -512,11 +564,17 @@ class Front:
 
     def _counts(self) -> AllCounts:
         now_ms = int(time.time() * 1000)
-        heads = {(slot.entry.name, slot.entry.version): head_counts(slot) for slot in self._slots}
+        # A model that is loaded on demand has nothing to tell until it was asked for the first time.
+        heads = {
+            (slot.entry.name, slot.entry.version): head_counts(slot)
+            for slot in self._slots
+            if not slot.entry.on_demand or slot.served.stats.asked
+        }
         return AllCounts(
             tuple(
                 VersionCounts(name, version, stats.counts(now_ms), heads.get((name, version)))
                 for (name, version), stats in self._stats.items()
+                if (name, version) in heads or stats.asked
             ),
             self.connections(),
             dict(self.refused),

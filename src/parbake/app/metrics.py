@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -13,8 +14,10 @@ from prometheus_client.registry import Collector
 
 from parbake.app.control import AllCounts
 from parbake.monitoring.model import Traffic
-from parbake.serving.stats import BATCH_BOUNDS, BOUNDS_S, STAGES, Histogram
+from parbake.serving.stats import BATCH_BOUNDS, BOUNDS_S, STAGES, Histogram, no_counts
 
+MOST_IN_DETAIL: Final = 100
+"""Models loaded on demand beyond which each has the histogram of its whole time only, and no traffic profile."""
 _LABELS = ("deployment", "version")
 
 
@@ -51,16 +54,42 @@ class RunnerState:
     up: int
 
 
+@dataclass(frozen=True, slots=True)
+class DemandState:
+    """A model that is loaded on demand."""
+
+    name: str
+    version: str
+    loaded: bool
+    bytes: int
+    loads: int
+    evictions: int
+
+
+@dataclass(frozen=True, slots=True)
+class RoomsState:
+    """All models that are loaded on demand. ``load_counts`` has one number more than ``load_bounds_s``."""
+
+    models: Sequence[DemandState]
+    memory_bytes: int
+    """Budget; 0 for none."""
+    restarts: int
+    load_bounds_s: Sequence[float]
+    load_counts: Sequence[int]
+    load_seconds: float
+
+
 def render(
     server: ServerState,
     versions: Sequence[VersionState],
     runners: Sequence[RunnerState],
     counts: AllCounts,
     traffic: Mapping[str, Traffic],
+    rooms: RoomsState | None = None,
 ) -> str:
-    """Prometheus text format."""
+    """Prometheus text format. ``rooms`` is None where no model is loaded on demand."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Page(server, versions, runners, counts, traffic))
+    registry.register(_Page(server, versions, runners, counts, traffic, rooms))
     return generate_latest(registry).decode()
 
 
@@ -72,7 +101,9 @@ class _Page(Collector):
         runners: Sequence[RunnerState],
         counts: AllCounts,
         traffic: Mapping[str, Traffic],
+        rooms: RoomsState | None,
     ) -> None:
+        self._rooms = rooms
         self._server = server
         self._versions = versions
         self._runners = runners
@@ -92,6 +123,7 @@ class _Page(Collector):
         yield from self._of_versions()
         yield from self._of_heads()
         yield from self._of_runners()
+        yield from self._of_rooms()
         yield from self._of_requests()
         yield from self._of_clients()
         yield from self._of_traffic()
@@ -163,6 +195,50 @@ class _Page(Collector):
             up.add_metric([runner.name, runner.version], runner.up)
         yield restarts
         yield up
+
+    def _of_rooms(self) -> Iterator[Metric]:
+        rooms = self._rooms
+        if rooms is None:
+            return
+        models = rooms.models
+        yield GaugeMetricFamily(
+            "parbake_models_loaded",
+            "Models loaded on demand that are in memory.",
+            sum(m.loaded for m in models),
+        )
+        yield GaugeMetricFamily(
+            "parbake_models_bytes", "Memory of those models.", sum(m.bytes for m in models if m.loaded)
+        )
+        yield GaugeMetricFamily(
+            "parbake_models_budget_bytes", "Memory that they may take; 0 for no limit.", rooms.memory_bytes
+        )
+        yield CounterMetricFamily(
+            "parbake_room_restarts",
+            "Processes of models loaded on demand that were started again.",
+            rooms.restarts,
+        )
+        size = GaugeMetricFamily(
+            "parbake_model_bytes", "Memory of a model loaded on demand that is in memory.", labels=_LABELS
+        )
+        loads = CounterMetricFamily("parbake_model_loads", "Loads of models on demand.")
+        evictions = CounterMetricFamily(
+            "parbake_model_evictions", "Models put away because others needed the memory."
+        )
+        for model in models:
+            # Those that sleep are many, and there is nothing to say of them.
+            if model.loaded:
+                size.add_metric([model.name, model.version], model.bytes)
+        loads.add_metric([], sum(m.loads for m in models))
+        evictions.add_metric([], sum(m.evictions for m in models))
+        yield size
+        yield loads
+        yield evictions
+        cold = HistogramMetricFamily(
+            "parbake_model_load_seconds", "Time from a model being wanted to its being loaded."
+        )
+        counted = Histogram(list(rooms.load_counts), rooms.load_seconds)
+        cold.add_metric([], _buckets(counted, rooms.load_bounds_s), counted.sum)
+        yield cold
 
     def _of_traffic(self) -> Iterator[Metric]:
         of = ("deployment",)
@@ -238,9 +314,14 @@ class _Page(Collector):
             "Time in the server by stage: parse, queue, model, total.",
             labels=(*_LABELS, "stage"),
         )
+        many = self._rooms is not None and len(self._rooms.models) > MOST_IN_DETAIL
+        on_demand = {(m.name, m.version) for m in self._rooms.models} if self._rooms is not None else set()
         for code, count in sorted(self._counts.refused.items()):
             requests.add_metric(["", "", "error", code], count)
         for item in self._counts.versions:
+            if item.counts == no_counts() and (item.name, item.version) in on_demand:
+                # Of a thousand models most are never asked, and then this is all there would be.
+                continue
             labels = [item.name, item.version]
             for outcome, count in sorted(item.counts.outcomes.items()):
                 failed = outcome != "ok"
@@ -249,8 +330,12 @@ class _Page(Collector):
                 rescued.add_metric([*labels, code], count)
             rows.add_metric(labels, item.counts.rows)
             hits.add_metric(labels, item.counts.baked_rows)
-            batches.add_metric(labels, _buckets(item.counts.batches, BATCH_BOUNDS), item.counts.batches.sum)
-            for stage in STAGES:
+            brief = many and (item.name, item.version) in on_demand
+            if not brief:
+                batches.add_metric(
+                    labels, _buckets(item.counts.batches, BATCH_BOUNDS), item.counts.batches.sum
+                )
+            for stage in ("total",) if brief else STAGES:
                 histogram = item.counts.stages[stage]
                 latency.add_metric([*labels, stage], _buckets(histogram, BOUNDS_S), histogram.sum)
         yield requests

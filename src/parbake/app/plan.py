@@ -40,6 +40,15 @@ class PlanEntry(Struct, frozen=True):
     warm_s: float = 0.0
     fallback: str = ""
     """What answers where the model cannot: ``default``, ``last``, or the name of another deployment."""
+    on_demand: bool = False
+    """Whether the model sleeps until it is wanted."""
+    pinned: bool = False
+    """Whether it is awake all the same, for good."""
+    group: str = ""
+    """Which models may share its process, where it is loaded on demand."""
+    marks: str = ""
+    """File that says which models were at work when their process ended, and ``slot`` where in it this one is."""
+    slot: int = 0
 
 
 class Plan(Struct, frozen=True):

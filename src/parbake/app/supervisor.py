@@ -13,6 +13,7 @@ import socket
 import sys
 import time
 from collections.abc import Awaitable, Coroutine, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -45,10 +46,12 @@ from parbake.app.control import (
     Unload,
     UseKeys,
     VersionCounts,
+    Wanted,
     Wedged,
 )
 from parbake.app.keys import read_keys
 from parbake.app.plan import Placed, Plan, PlanEntry
+from parbake.app.rooms import RoomModel, Rooms
 from parbake.app.wiring import TableFacts, open_table, table_facts
 from parbake.contract.bundle import StoredBundle, read_bundle
 from parbake.contract.model import TensorSpec
@@ -154,6 +157,15 @@ class VersionStatus(Struct, frozen=True):
     """Rows that were answered."""
     baked_rows: int = 0
     """Of those, the ones that were answered without the model."""
+    state: str = ""
+    """Of a model that is loaded on demand: asleep, loading, loaded, leaving, or pinned; "" for others."""
+    memory_bytes: int = 0
+    """Memory that it takes now."""
+    last_used: float = 0.0
+    """Unix time at which the model ran last; 0 for never."""
+    loads: int = 0
+    evictions: int = 0
+    """Of those, how often it was put away again for want of memory."""
 
 
 class Status(Struct, frozen=True):
@@ -167,6 +179,10 @@ class Status(Struct, frozen=True):
     spare_pid: int | None
     unloaded: tuple[str, ...]
     versions: tuple[VersionStatus, ...]
+    memory_bytes: int = 0
+    """Budget of the models that are loaded on demand; 0 for no limit."""
+    room_pids: tuple[int, ...] = ()
+    """Processes of those models."""
 
 
 class Change(Struct, frozen=True, forbid_unknown_fields=True):
@@ -210,6 +226,7 @@ class Supervisor:
         self._pool = RunnerPool(
             folder, Confinement(settings.server.runner_network, settings.server.runner_user)
         )
+        self._rooms = Rooms(self._pool, settings.server.memory_bytes)
         self._targets = [_target(d) for d in settings.deployments]
         self._listener: socket.socket | None = None
         self._grpc_reserved: socket.socket | None = None
@@ -245,7 +262,7 @@ class Supervisor:
             self._grpc_reserved, self.grpc_port = reserve(
                 self.settings.server.host, self.settings.server.grpc_port
             )
-        if any(target.settings.placement == "process" for target in self._targets):
+        if any(t.settings.placement == "process" or t.settings.load == "on-demand" for t in self._targets):
             self._pool.keep_spare()
         workers = self.settings.server.workers or max(1, cpu.quota() // 2)
         # A reload that is asked for now waits until there is something to reload.
@@ -292,6 +309,7 @@ class Supervisor:
         for front in self._fronts:
             await end_process(front.process)
             front.channel.close()
+        await self._rooms.close()
         await self._pool.close()
         if self._grpc_reserved is not None:
             self._grpc_reserved.close()
@@ -302,6 +320,7 @@ class Supervisor:
         for process in (*(front.process for front in self._fronts), *self._starting):
             if process.returncode is None:
                 process.kill()
+        self._rooms.end_now()
         for runner in self._pool.runners:
             if runner.process is not None and runner.process.returncode is None:
                 runner.process.kill()
@@ -546,7 +565,13 @@ class Supervisor:
         entries = resolved.entries
         in_force = {(entry.name, entry.version): entry for entry in self._plan.entries}
         numbers: dict[str, int] = {}
-        total = len(targets) or 1
+        always = sum(target.settings.load == "always" for target in targets)
+        # Those that are loaded on demand are many, and rarely at work at the same time.
+        total = always + (always < len(targets)) or 1
+        read = read_bundles(
+            [t.bundle for t in targets if t.loaded and (not only or t.name in only or not t.name)]
+        )
+        taken: set[tuple[str, str]] = set()
         for target in targets:
             settings = target.settings
             if not target.loaded:
@@ -556,11 +581,12 @@ class Supervisor:
             if only and target.name not in only and identity in in_force:
                 numbers[target.name] = numbers.get(target.name, 0) + 1
                 entries.append(in_force[identity])
+                taken.add(identity)
                 resolved.bundles[identity] = self._bundles[identity]
                 resolved.table_rows[identity] = self._table_rows.get(identity, 0)
                 continue
             path = str(Path(target.bundle).resolve())
-            bundle = read_bundle(path)
+            bundle = read[path] if path in read else read_bundle(path)
             if trusted_keys:
                 check_signed(bundle, trusted)
             has_pickle = any(step.kind == "pickle" for step in bundle.contract.steps)
@@ -578,8 +604,16 @@ class Supervisor:
                 )
             target.name = name
             target.version = settings.version or str(numbers[name])
-            if any((e.name, e.version) == (name, target.version) for e in entries):
+            if (name, target.version) in taken:
                 raise SettingsError(f"model {name!r} has two versions {target.version!r}")
+            taken.add((name, target.version))
+            on_demand = settings.load == "on-demand"
+            if (settings.pinned or settings.group) and not on_demand:
+                raise SettingsError(
+                    f"{name!r} is {'pinned' if settings.pinned else 'in a group'}, which says nothing of a model that "
+                    "is always loaded",
+                    hint='load = "on-demand"',
+                )
             mode = target.mode or ("hybrid" if target.table else "dynamic")
             table_digest, expires = "", 0.0
             if mode == "hybrid" and not target.table and not settings.head_rows:
@@ -607,7 +641,7 @@ class Supervisor:
                     bundle=path,
                     digest=bundle.digest,
                     mode=mode,
-                    placement=settings.placement,
+                    placement="process" if on_demand else settings.placement,
                     deadline_ms=settings.deadline_ms or bundle.contract.deadline_ms or DEADLINE_MS,
                     max_queue_rows=settings.max_queue_rows,
                     max_batch_rows=settings.max_batch_rows,
@@ -624,6 +658,9 @@ class Supervisor:
                     head_bytes=settings.head_bytes if mode == "hybrid" else 0,
                     warm_s=settings.warm_s if mode == "hybrid" else 0.0,
                     fallback=settings.fallback,
+                    on_demand=on_demand and mode != "static",
+                    pinned=settings.pinned and mode != "static",
+                    group=settings.group,
                 )
             )
         for entry in entries:
@@ -683,7 +720,12 @@ class Supervisor:
         started: list[Runner] = []
         before = dict(self._runners)
         try:
-            entries = [self._as_before(entry) for entry in wanted.entries]
+            in_force = {(now.name, now.version): now for now in self._plan.entries}
+            entries = [_as_before(e, in_force.get((e.name, e.version))) for e in wanted.entries]
+            entries = [
+                self._rooms.place(e, wanted.bundles[(e.name, e.version)]) if e.on_demand else e
+                for e in entries
+            ]
             auto = [entry for entry in entries if entry.placement == "auto" and entry.mode != "static"]
             if auto:
                 # One front measures, and all follow.
@@ -691,6 +733,7 @@ class Supervisor:
                 if isinstance(reply, Prepared):
                     self._placed.update({(p.name, p.version): p for p in reply.placed})
             resolved = await _all(self._with_runners(entry, started) for entry in entries)
+            await self._rooms.prove(resolved, changed=bool(self._plan.generation))
             unloaded = tuple(
                 dict.fromkeys(t.name for t in targets or self._targets if not t.loaded and t.name)
             )
@@ -703,6 +746,7 @@ class Supervisor:
             self._runners = before
             for runner in started:
                 await self._pool.stop(runner)
+            await self._rooms.keep(self._plan.entries)
             raise
         self._plan = plan
         self._bundles = wanted.bundles
@@ -729,18 +773,11 @@ class Supervisor:
             )
             for runner in gone:
                 await self._pool.stop(runner)
+        await self._rooms.keep(plan.entries)
         if any(entry.placement == "process" and entry.mode != "static" for entry in plan.entries):
             self._pool.keep_spare()
         else:
             await self._pool.drop_spare()
-
-    def _as_before(self, entry: PlanEntry) -> PlanEntry:
-        """The entry with placement and runners of the one in force, where nothing else about it differs."""
-        for now in self._plan.entries:
-            same = msgspec.structs.replace(now, placement=entry.placement, sockets=())
-            if same == entry and (entry.placement in ("auto", now.placement)):
-                return now
-        return entry
 
     async def _with_runners(self, entry: PlanEntry, started: list[Runner]) -> PlanEntry:
         if entry.mode == "static":
@@ -950,7 +987,11 @@ class Supervisor:
             await self.set_loaded(message.name, loaded=False)
             return Done()
         if isinstance(message, Wedged):
-            self._pool.kill(message.socket)
+            if not self._rooms.kill(message.socket):
+                self._pool.kill(message.socket)
+            return Done()
+        if isinstance(message, Wanted):
+            await self._rooms.wanted(message.socket)
             return Done()
         raise NotReady(f"the supervisor does not answer {type(message).__name__}")
 
@@ -958,6 +999,11 @@ class Supervisor:
 
     async def counts(self) -> AllCounts:
         """Counts over all fronts, of those that ended too."""
+        await self._ask_counts()
+        # Of the fronts that are there now: one that ended meanwhile is among those gone.
+        return add_counts([self._gone, *(front.counts for front in self._fronts if front.counts is not None)])
+
+    async def _ask_counts(self) -> None:
         fronts = list(self._fronts)
         replies = await asyncio.gather(
             *(front.channel.call(GetCounts(), _COUNTS_TIMEOUT_S) for front in fronts), return_exceptions=True
@@ -965,8 +1011,6 @@ class Supervisor:
         for front, reply in zip(fronts, replies, strict=True):
             if isinstance(reply, AllCounts):
                 front.counts = reply
-        # Of the fronts that are there now: one that ended meanwhile is among those gone.
-        return add_counts([self._gone, *(front.counts for front in self._fronts if front.counts is not None)])
 
     async def traffic(self) -> dict[str, TrafficReport]:
         """The traffic of each deployment, over the fronts that run now."""
@@ -983,7 +1027,7 @@ class Supervisor:
     async def metrics(self) -> str:
         """The page for Prometheus."""
         # Not needed to start, and a start should be quick.
-        from parbake.app.metrics import RunnerState, ServerState, VersionState, render
+        from parbake.app.metrics import MOST_IN_DETAIL, RunnerState, ServerState, VersionState, render
 
         counts = await self.counts()
         versions = [
@@ -1003,8 +1047,13 @@ class Supervisor:
             for there in [self._runners_of(identity)]
         ]
         state = ServerState(self.started, len(self._fronts), self._front_restarts, self._plan.generation)
-        traffic = {name: report.traffic for name, report in (await self.traffic()).items()}
-        return render(state, versions, runners, counts, traffic)
+        # What a profile says takes milliseconds to work out: of very many it would hold up those who want answers.
+        few = len(self._rooms.models) <= MOST_IN_DETAIL
+        traffic = {name: report.traffic for name, report in (await self.traffic()).items()} if few else {}
+        # With many models it takes a while, in which others want something too.
+        return await asyncio.to_thread(
+            render, state, versions, runners, counts, traffic, self._rooms.metrics()
+        )
 
     def _runners_of(self, identity: tuple[str, str]) -> list[Runner]:
         """The runners of a version. While it changes there are old and new ones, and some are both."""
@@ -1018,8 +1067,11 @@ class Supervisor:
     def status(self, counts: AllCounts | None = None) -> Status:
         """What is served, by which processes, and (given ``counts``) what it was asked."""
         counted = {(v.name, v.version): v for v in counts.versions} if counts else {}
+        autos = {(t.name, t.version) for t in self._targets if t.auto}
         versions: list[VersionStatus] = []
         for entry in self._plan.entries:
+            model = self._rooms.model(entry)
+            room_pid = model.room.pid if model is not None and model.state == "loaded" else None
             bundle = self._bundles[(entry.name, entry.version)]
             runners = self._runners.get(entry, [])
             placed = self._placed.get((entry.name, entry.version))
@@ -1036,13 +1088,13 @@ class Supervisor:
                     entry.table,
                     self._table_rows.get((entry.name, entry.version), 0) if entry.table else 0,
                     entry.placement,
-                    round(placed.row_us if placed and placed.row_us else (loaded[0] if loaded else 0.0), 1),
+                    round(_row_us(placed, loaded, model), 1),
                     round(placed.hop_us, 1) if placed else 0.0,
                     bundle.contract.owner,
                     bundle.contract.purpose,
-                    tuple(r.pid for r in runners if r.pid is not None),
-                    self._restarts((entry.name, entry.version)),
-                    self._is_auto(entry),
+                    (room_pid,) if room_pid else tuple(r.pid for r in runners if r.pid is not None),
+                    model.room.restarts if model is not None else self._restarts((entry.name, entry.version)),
+                    (entry.name, entry.version) in autos,
                     self._why.get(entry.name, ""),
                     sum(asked.values()),
                     sum(asked.values()) - asked.get("ok", 0),
@@ -1050,6 +1102,11 @@ class Supervisor:
                     mine.head.rows if mine and mine.head else 0,
                     mine.counts.rows if mine else 0,
                     mine.counts.baked_rows if mine else 0,
+                    "" if model is None else "pinned" if entry.pinned and room_pid else model.state,
+                    model.bytes if room_pid and model is not None else 0,
+                    model.last_used if model is not None else 0.0,
+                    model.loads if model is not None else 0,
+                    model.evictions if model is not None else 0,
                 )
             )
         return Status(
@@ -1061,16 +1118,15 @@ class Supervisor:
             self._pool.spare_pid,
             self._plan.unloaded,
             tuple(versions),
+            self._rooms.budget,
+            self._rooms.pids,
         )
-
-    def _is_auto(self, entry: PlanEntry) -> bool:
-        return any(t.auto for t in self._targets if (t.name, t.version) == (entry.name, entry.version))
 
     async def _poll_counts(self) -> None:
         """Ask now and then, so that the counts of a front that dies are not lost with it."""
         while True:
             await asyncio.sleep(_COUNTS_EVERY_S)
-            await self.counts()
+            await self._ask_counts()
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task: asyncio.Task[None] = asyncio.create_task(work)
@@ -1094,6 +1150,33 @@ def _target(settings: DeploymentSettings) -> Target:
     # Learning costs little and is what there is to decide by: auto begins with it.
     mode: Mode | None = "hybrid" if settings.mode == "auto" else settings.mode
     return Target(settings, settings.bundle, settings.table, mode=mode, auto=auto)
+
+
+def read_bundles(paths: Sequence[str]) -> dict[str, StoredBundle]:
+    """Read and verify many bundles at the same time, by their whole paths. Raises what the first that fails raises."""
+    whole = list(dict.fromkeys(str(Path(path).resolve()) for path in paths))
+    if not whole:
+        return {}
+    # One first, and alone: two threads in which msgspec meets a type for the first time crash the process.
+    read = {whole[0]: read_bundle(whole[0])}
+    with ThreadPoolExecutor(max(1, cpu.quota())) as crew:
+        return read | dict(zip(whole[1:], crew.map(read_bundle, whole[1:]), strict=True))
+
+
+def _as_before(entry: PlanEntry, now: PlanEntry | None) -> PlanEntry:
+    """The entry with placement and runners of the one in force, where nothing else about it differs."""
+    if now is not None:
+        same = msgspec.structs.replace(now, placement=entry.placement, sockets=(), marks="", slot=0)
+        if same == entry and entry.placement in ("auto", now.placement):
+            return now
+    return entry
+
+
+def _row_us(placed: Placed | None, loaded: Sequence[float], model: RoomModel | None) -> float:
+    """What a row costs, measured in a front, in a runner, or in a room."""
+    if placed is not None and placed.row_us:
+        return placed.row_us
+    return loaded[0] if loaded else model.row_us if model is not None else 0.0
 
 
 def _runs_the_same(now: PlanEntry, entry: PlanEntry) -> bool:

@@ -69,6 +69,15 @@ def show(status: Status, now: float) -> None:
         f"{fronts} front{'' if fronts == 1 else 's'}, started again {restarts} time{'' if restarts == 1 else 's'}; "
         f"what is served was changed {max(status.generation - 1, 0)} time{'' if status.generation == 2 else 's'}"
     )
+    on_demand = [version for version in status.versions if version.state]
+    if on_demand:
+        there = [version for version in on_demand if version.memory_bytes]
+        taken = sum(version.memory_bytes for version in there)
+        budget = f" of {status.memory_bytes / 1e6:,.1f}" if status.memory_bytes else ""
+        emit(
+            f"of {len(on_demand):,} models on demand {len(there):,} are loaded, with {taken / 1e6:,.1f}{budget} MB, "
+            f"in {len(status.room_pids)} process{'' if len(status.room_pids) == 1 else 'es'}"
+        )
     if status.versions:
         emit()
         emit_table([_row(version, now) for version in status.versions], _TITLES, numbers=_NUMBERS)
@@ -91,15 +100,27 @@ def _row(version: VersionStatus, now: float) -> tuple[str, ...]:
         f"{version.requests:,}",
         f"{100 * version.baked_rows / version.rows:.0f} %" if version.rows else "-",
         f"{version.errors:,}",
-        _place(version),
+        _place(version, now),
         str(version.runner_restarts),
         version.owner,
     )
 
 
-def _place(version: VersionStatus) -> str:
+def _room(version: VersionStatus, now: float) -> str:
+    """Of a model that is loaded on demand: where it is, what it takes, and when it ran last."""
+    words = [version.state]
+    if version.memory_bytes:
+        words.append(f"{version.memory_bytes / 1e6:.1f} MB")
+    if version.last_used:
+        words.append(f"used {age(now - version.last_used)}")
+    return ", ".join(words)
+
+
+def _place(version: VersionStatus, now: float) -> str:
     if version.mode == "static":
         return "-"
+    if version.state:
+        return _room(version, now)
     if version.placement != "process":
         return "fronts"
     count = len(version.runner_pids)

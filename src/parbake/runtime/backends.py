@@ -62,6 +62,7 @@ class RunnerBackend(asyncio.Protocol):
         *,
         wedged_s: float,
         on_wedged: Callable[[], None],
+        at_work: Callable[[], bool] | None = None,
     ) -> None:
         self._name = name
         self._path = path
@@ -70,6 +71,8 @@ class RunnerBackend(asyncio.Protocol):
         self._on_up: Callable[[], None] = lambda: None
         self._on_down: Callable[[], None] = lambda: None
         self._on_wedged = on_wedged
+        self._at_work = at_work
+        """Whether the model was at work when its process ended, where the process has others too."""
         self._transport: asyncio.Transport | None = None
         self._greeted: asyncio.Transport | None = None
         """A connection whose other end has not said anything yet."""
@@ -82,6 +85,8 @@ class RunnerBackend(asyncio.Protocol):
         self._said_up = False
         """Whether `_on_up` was called, and not yet `_on_down`."""
         self._closed = False
+        self._bye = False
+        """Whether the runner has said that it puts the model away."""
         self._next_id = 0
         self._probe_id = 0
         """Of a probe that has not been answered; 0 for none."""
@@ -192,6 +197,14 @@ class RunnerBackend(asyncio.Protocol):
 
     def _reply(self, frame: bytes) -> None:
         request_id, status, seconds, raws, shapes = wire.read_reply(frame)
+        if request_id == wire.BYE:
+            # Put away: a batch that is under way was not read.
+            self._bye = True
+            if self._greeted is not None:
+                self._greeted.close()
+            if self._transport is not None:
+                self._transport.close()
+            return
         if request_id == self._probe_id:
             self._probe_id = 0
             if self._greeted is not None:
@@ -219,10 +232,14 @@ class RunnerBackend(asyncio.Protocol):
         """The runner is gone."""
         was_up, self._said_up = self._said_up, False
         self._transport = self._greeted = None
+        self._probe_id = 0
+        unread, self._bye = self._bye, False
+        if self._done is not None and not unread and self._at_work is not None:
+            unread = not self._at_work()
         # First the state, then the callers: whoever is told may ask again at once.
         if not self._closed:
             self.connect()
-        self._finish(Outcome(error=runner_down(self._name)))
+        self._finish(Outcome(error=runner_down(self._name), unread=unread))
         if was_up and not self._closed:
             self._on_down()
 

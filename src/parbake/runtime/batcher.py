@@ -100,7 +100,7 @@ class Job:
 class Outcome:
     """What a backend says of one batch: outputs, or an error that concerns the batch as a whole."""
 
-    __slots__ = ("error", "raws", "seconds", "shapes")
+    __slots__ = ("error", "raws", "seconds", "shapes", "unread")
 
     def __init__(
         self,
@@ -108,11 +108,14 @@ class Outcome:
         shapes: Sequence[Shape] = (),
         seconds: float = 0.0,
         error: ParbakeError | None = None,
+        unread: bool = False,
     ) -> None:
         self.raws = raws
         self.shapes = shapes
         self.seconds = seconds
         self.error = error
+        self.unread = unread
+        """Whether the model never saw the batch: nobody in it is to blame, and it goes again."""
 
 
 class Backend(Protocol):
@@ -194,6 +197,8 @@ class Batcher:
         self.down = not self.up
         """Whether no backend can take a batch; kept by `backend_up` and `backend_down`."""
         self.running_rows = 0
+        self.wake: Callable[[], None] | None = None
+        """Has a model loaded that sleeps until it is wanted; None for those that never do. May raise `ParbakeError`."""
 
     @property
     def queued_rows(self) -> int:
@@ -224,7 +229,9 @@ class Batcher:
             job.group = object()
             self._apart = True
         if self.down:
-            raise runner_down(self._contract.name)
+            if self.wake is None:
+                raise runner_down(self._contract.name)
+            self.wake()
         waiting = self._waiting
         queued = waiting.rows
         if queued and queued + rows > self._max_queue_rows:
@@ -273,6 +280,14 @@ class Batcher:
     def backend_down(self) -> None:
         """A backend went: if it was the last, whoever waits does so for a while, and is told then."""
         self.down = not self.up
+        if self.wake is not None:
+            if self.down and self._waiting.rows and not self._closed:
+                self._keep_sweeping()
+                try:
+                    self.wake()
+                except ParbakeError as error:
+                    self.refuse(error)
+            return
         if self.down and self._patience is None:
             self._patience = self._loop.call_later(_PATIENCE_S, self._give_up)
             self._keep_sweeping()
@@ -297,7 +312,10 @@ class Batcher:
 
     def _give_up(self) -> None:
         self._patience = None
-        error = runner_down(self._contract.name)
+        self.refuse(runner_down(self._contract.name))
+
+    def refuse(self, error: ParbakeError) -> None:
+        """Tell whoever waits that nothing will come of it."""
         for job in self._waiting.take_all():
             job.error = error
             _tell(job)
@@ -473,6 +491,10 @@ class Batcher:
                     for job in jobs:
                         job.error = failed
                         _tell(job)
+            elif outcome.unread:
+                self._again(jobs, 1)
+                if self._closed:
+                    self._give_up()
             elif isinstance(outcome.error, RunnerDown):
                 self._lost(jobs, outcome.error)
             elif len(jobs) > 1 and not isinstance(outcome.error, DeadlineExceeded):

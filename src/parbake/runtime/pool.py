@@ -12,6 +12,7 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,8 @@ _STEADY_S: Final = 5.0
 _END_S: Final = 5.0
 _AWAKE_S: Final = 0.25
 """Longest that a spare with all its libraries is waited for: by then a new process is the quicker way."""
+_NEXT_SPARE_S: Final = 0.5
+"""Time from taking the spare for something else than a runner to starting the next one."""
 _IMPORTS_S: Final = 10.0
 """Longest that one without them is waited for."""
 _SECRETS: Final = frozenset(("PARBAKE_ADMIN_TOKEN", "PARBAKE_SIGNING_KEY"))
@@ -69,7 +72,9 @@ class Runner:
 
 
 @dataclass(slots=True)
-class _Started:
+class StartedProcess:
+    """A process that waits to be told what it is to be, and the line to it."""
+
     process: asyncio.subprocess.Process
     control: socket.socket
 
@@ -86,7 +91,7 @@ class RunnerPool:
         self._told_kept = False
         """Whether the log says what runners could not give up."""
         self._numbers = itertools.count(1)
-        self._spare: asyncio.Task[_Started] | None = None
+        self._spare: asyncio.Task[StartedProcess] | None = None
         self._keep_spare = False
         self._closing = False
         self.runners: list[Runner] = []
@@ -192,13 +197,38 @@ class RunnerPool:
                 log().error("runner.killed", pid=runner.process.pid, bundle=runner.assignment.bundle)
                 runner.process.kill()
 
+    @property
+    def folder(self) -> Path:
+        """Where runners may make their sockets."""
+        return self._folder
+
+    async def take(self) -> StartedProcess:
+        """A process that waits to be told what it is to be, the spare if there is one; the caller ends it."""
+        started = await self._take_spare() or await _spawn(self._confinement)
+        if self._keep_spare:
+            # Whoever wants this one wants it now: the next may take the processor a moment later.
+            asyncio.get_running_loop().call_later(_NEXT_SPARE_S, self._renew_spare)
+        return started
+
+    def _renew_spare(self) -> None:
+        if self._keep_spare:
+            self.keep_spare()
+
+    def tell_kept(self, kept: Sequence[str]) -> None:
+        """Have the log say, once, what runners could not give up."""
+        if not self._told_kept:
+            self._told_kept = True
+            log().warning("runner.not_confined", kept=list(kept), hint="docs/concepts/security.md")
+
     async def _fill(self, runner: Runner) -> socket.socket:
         """Give the place a process, the spare if there is one."""
         started, runner.loaded = await self._launch(runner.assignment, runner)
         runner.first_bytes = memory.resident(started.process.pid)
         return started.control
 
-    async def _launch(self, assignment: Assignment, runner: Runner | None = None) -> tuple[_Started, Loaded]:
+    async def _launch(
+        self, assignment: Assignment, runner: Runner | None = None
+    ) -> tuple[StartedProcess, Loaded]:
         """Start a process for an assignment; ``runner`` is the place that is its at once. Raises why it refused."""
         started = await self._take_spare() or await _spawn(self._confinement)
         loop = asyncio.get_running_loop()
@@ -224,12 +254,11 @@ class RunnerPool:
             started.control.close()
             await end_process(started.process)
             raise by_code(report.code, report.message, hint=report.hint)
-        if report.kept and not self._told_kept:
-            self._told_kept = True
-            log().warning("runner.not_confined", kept=list(report.kept), hint="docs/concepts/security.md")
+        if report.kept:
+            self.tell_kept(report.kept)
         return started, report
 
-    async def _take_spare(self) -> _Started | None:
+    async def _take_spare(self) -> StartedProcess | None:
         """The process that stands by, unless it has died meanwhile, or hangs."""
         spare, self._spare = self._spare, None
         if spare is None:
@@ -304,7 +333,7 @@ def _folder_of(folder: Path, user: str) -> Path:
     return inner
 
 
-async def _spawn(confinement: Confinement) -> _Started:
+async def _spawn(confinement: Confinement) -> StartedProcess:
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     try:
@@ -326,7 +355,7 @@ async def _spawn(confinement: Confinement) -> _Started:
         raise
     finally:
         theirs.close()
-    return _Started(process, ours)
+    return StartedProcess(process, ours)
 
 
 def _environment() -> dict[str, str]:
@@ -340,7 +369,7 @@ def _thread_limits() -> dict[str, str]:
     return dict.fromkeys(names, str(cpu.quota()))
 
 
-async def _is_awake(spare: _Started) -> bool:
+async def _is_awake(spare: StartedProcess) -> bool:
     """Whether a process that stands by answers, or will when it has its libraries."""
     loop = asyncio.get_running_loop()
     wait_s = _AWAKE_S
@@ -370,7 +399,7 @@ async def _report(control: socket.socket) -> Report:
     return report
 
 
-async def _end(started: _Started) -> None:
+async def _end(started: StartedProcess) -> None:
     started.control.close()
     await end_process(started.process)
 

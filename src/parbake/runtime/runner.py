@@ -36,6 +36,10 @@ AWAKE: Final = b"\n"
 """Said by a process that stands by when it has its libraries, and again whenever it is asked with the same."""
 
 
+ROOM: Final = b'{"type":"room"'
+"""How the first message begins where the process is to be a room of many models (`parbake.runtime.room`)."""
+
+
 class Assignment(Struct, frozen=True):
     """What a runner is to run, and where it listens."""
 
@@ -121,6 +125,11 @@ def main(descriptor: int, kept: tuple[str, ...] = ()) -> int:
         control.sendall(AWAKE)
     if not line:
         return 0
+    if line.startswith(ROOM):
+        # Not above: a room is made of what is here.
+        from parbake.runtime import room
+
+        return room.serve(control, line, kept)
     assignment = msgspec.json.decode(line, type=Assignment)
     started = time.perf_counter()
     try:
@@ -134,14 +143,14 @@ def main(descriptor: int, kept: tuple[str, ...] = ()) -> int:
     except ParbakeError as error:
         control.sendall(msgspec.json.encode(Refused(error.code, error.message, error.hint)) + b"\n")
         return 1
-    listener = _listen(Path(assignment.socket))
+    listener = listen(Path(assignment.socket))
     loaded = Loaded(rows, time.perf_counter() - started, row_us, kept)
     control.sendall(msgspec.json.encode(loaded) + b"\n")
     _serve(session, listener, control)
     return 0
 
 
-class _Connection:
+class Connection:
     """Bytes of one front that do not make a whole frame yet."""
 
     __slots__ = ("buffer", "need", "socket")
@@ -164,18 +173,18 @@ def _serve(session: Session, listener: socket.socket, control: socket.socket) ->
             if key.fileobj is listener:
                 connected, _ = listener.accept()
                 connected.settimeout(_SEND_TIMEOUT_S)
-                selector.register(connected, selectors.EVENT_READ, _Connection(connected))
+                selector.register(connected, selectors.EVENT_READ, Connection(connected))
                 continue
-            connection: _Connection = key.data
+            connection: Connection = key.data
             try:
-                for frame in _receive(connection):
-                    _answer(session, connection.socket, frame)
+                for frame in receive(connection):
+                    answer(session, connection.socket, frame)
             except (OSError, EOFError, ValueError):
                 selector.unregister(connection.socket)
                 connection.socket.close()
 
 
-def _receive(connection: _Connection) -> Sequence[bytes]:
+def receive(connection: Connection) -> Sequence[bytes]:
     """The next whole frames: none, a batch, or a batch behind a probe. One read per call, so that fronts take turns."""
     buffer = connection.buffer
     chunk = connection.socket.recv(max(_READ_BYTES, connection.need - len(buffer)))
@@ -195,7 +204,11 @@ def _receive(connection: _Connection) -> Sequence[bytes]:
     return frames
 
 
-def _answer(session: Session, connected: socket.socket, frame: bytes) -> None:
+def answer(session: Session, connected: socket.socket, frame: bytes) -> None:
+    """Run the batch of a frame, and send what came of it.
+
+    Raises OSError where the front is gone, ValueError for a torn frame.
+    """
     request_id, rows, raws, shapes = wire.read_request(frame)
     if not rows:
         # A probe: that it is answered is the answer.
@@ -220,7 +233,8 @@ def _words(message: str) -> bytes:
     return message[:2000].encode(errors="replace")
 
 
-def _listen(path: Path) -> socket.socket:
+def listen(path: Path) -> socket.socket:
+    """A Unix-domain socket there that accepts connections from the moment it can be seen."""
     path.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     # Bound under another name first: a front never meets a socket that does not accept yet.

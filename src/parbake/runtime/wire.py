@@ -17,6 +17,9 @@ OK: Final = 0
 REJECTED: Final = 1
 FAILED: Final = 2
 
+BYE: Final = 0
+"""Id of a reply to nothing: this model is put away now, and what the runner has not answered it has not read."""
+
 MAX_FRAME_BYTES: Final = 1 << 31
 
 _LENGTH = struct.Struct("<Q")
@@ -39,6 +42,15 @@ def reply_frame(
     parts, size = _parts(raws, shapes)
     head = _REPLY.pack(_REPLY.size - 8 + len(parts) + size, status, request_id, len(raws), seconds)
     return [head + parts, *raws]
+
+
+def request_rows(frame: bytes) -> int:
+    """The rows of a request frame; 0 is a probe. Raises ValueError for a torn one."""
+    try:
+        rows: int = _REQUEST.unpack_from(frame)[1]
+    except struct.error as error:
+        raise ValueError(f"a frame is torn: {error}") from error
+    return rows
 
 
 def frame_length(buffer: bytes | bytearray | memoryview) -> int | None:

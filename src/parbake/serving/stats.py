@@ -99,7 +99,7 @@ class Stats:
     def settle(self) -> None:
         """Sum up, if `log` has grown long."""
         if len(self.log) >= FOLD_AT:
-            self._fold()
+            self.fold()
 
     def refused(self, code: str) -> None:
         """One request was answered with an error."""
@@ -115,17 +115,24 @@ class Stats:
         """The model ran one batch."""
         self._batches.append((rows, seconds))
         if len(self._batches) >= FOLD_AT:
-            self._fold()
+            self.fold()
+
+    @property
+    def asked(self) -> bool:
+        """Whether there is anything to count."""
+        counts = self._counts
+        return bool(self.log or self._batches or counts.outcomes or counts.executions or counts.rescued)
 
     def counts(self, now_ms: int) -> Counts:
         """All counts until now."""
-        if self.log or self._recent:
+        self.fold()
+        if self._recent:
             self._counts.last_ms = now_ms
-        self._fold()
         self._recent = False
         return self._counts
 
-    def _fold(self) -> None:
+    def fold(self) -> None:
+        """Sum up what has come."""
         counts = self._counts
         if self.log:
             # By way of struct, which takes in a list three times as fast as numpy does.

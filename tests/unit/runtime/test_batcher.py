@@ -18,6 +18,7 @@ from parbake.contract.tensors import Shape
 from parbake.errors import (
     DeadlineExceeded,
     ModelFailed,
+    NotReady,
     Overloaded,
     ParbakeError,
     RowQuarantined,
@@ -87,6 +88,14 @@ class Desk:
         if self.waiting is not None:
             done, self.waiting = self.waiting[3], None
             done(Outcome(error=runner_down("echo")))
+        batcher.backend_down()
+
+    def put_away(self, batcher: Batcher) -> None:
+        """Go down without having read the batch in flight."""
+        self.up = False
+        if self.waiting is not None:
+            done, self.waiting = self.waiting[3], None
+            done(Outcome(error=runner_down("echo"), unread=True))
         batcher.backend_down()
 
     def come_back(self, batcher: Batcher) -> None:
@@ -624,3 +633,73 @@ def test_the_queue_time_and_the_model_time_are_measured() -> None:
     assert call.result.model_s == 0.001
     assert seen == [(1, 0.001)]
     assert batcher.cost.known
+
+
+def test_a_model_that_sleeps_is_woken_and_whoever_asks_meanwhile_waits() -> None:
+    loop, desk, woken = Turns(), Desk(up=False), [0]
+    batcher = batcher_of(loop, [desk])
+
+    def wake() -> None:
+        woken[0] += 1
+
+    batcher.wake = wake
+    calls = [row(1.0).submit(batcher), row(2.0).submit(batcher)]
+    loop.settle()
+    assert woken[0] == 2
+    assert not desk.batches
+    desk.come_back(batcher)
+    loop.settle()
+    desk.finish()
+    for call in calls:
+        assert call.refused is None
+        call.check()
+
+
+def test_a_model_that_cannot_be_woken_says_so_to_whoever_waits_and_to_whoever_comes() -> None:
+    loop, desk = Turns(), Desk(up=False)
+    batcher = batcher_of(loop, [desk])
+    batcher.wake = lambda: None
+    waiting = row(1.0).submit(batcher)
+    why = NotReady("no memory")
+    batcher.refuse(why)
+    assert waiting.result.error is why
+
+    def wake() -> None:
+        raise why
+
+    batcher.wake = wake
+    assert row(1.0).submit(batcher).refused is why
+    assert batcher.idle
+
+
+def test_a_batch_that_was_not_read_goes_again_and_nobody_is_to_blame() -> None:
+    loop, desk, woken = Turns(), Desk(), [0]
+    batcher = batcher_of(loop, [desk])
+
+    def wake() -> None:
+        woken[0] += 1
+
+    batcher.wake = wake
+    calls = [row(float(i)).submit(batcher) for i in range(3)]
+    loop.settle()
+    for times in range(1, 6):
+        desk.put_away(batcher)
+        assert woken[0] == times
+        desk.come_back(batcher)
+        loop.settle()
+    desk.finish()
+    for call in calls:
+        call.check()
+    # All together each time: nobody is suspected.
+    assert desk.batches == [3] * 6
+    assert not batcher.quarantine.found
+
+
+def test_what_waits_past_its_deadline_while_a_model_is_loaded_is_told() -> None:
+    loop, desk = Turns(), Desk(up=False)
+    batcher = batcher_of(loop, [desk])
+    batcher.wake = lambda: None
+    late = row(1.0, deadline=perf_counter() - 1).submit(batcher)
+    loop.settle()
+    loop.elapse()
+    assert isinstance(late.result.error, DeadlineExceeded)

@@ -71,3 +71,17 @@ def test_the_length_is_known_as_soon_as_it_is_there(tensors: list[tuple[bytes, t
 def test_an_absurd_length_is_refused() -> None:
     with pytest.raises(ValueError, match="over the limit"):
         wire.frame_length(struct.pack("<Q", wire.MAX_FRAME_BYTES + 1))
+
+
+def test_the_rows_of_a_request_can_be_told_without_reading_it() -> None:
+    for rows in (0, 1, 77):
+        frame = b"".join(wire.request_frame(3, rows, [b"\0" * rows], [(1,)]))
+        assert wire.request_rows(frame) == rows
+    with pytest.raises(ValueError, match="torn"):
+        wire.request_rows(b"\0" * 5)
+
+
+def test_a_goodbye_is_a_reply_to_nothing() -> None:
+    frame = b"".join(wire.reply_frame(wire.BYE, wire.OK, 0.0, (), ()))
+    assert wire.frame_length(frame) == len(frame)
+    assert wire.read_reply(frame)[0] == wire.BYE == 0
