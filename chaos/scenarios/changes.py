@@ -17,12 +17,12 @@ from parbake.testing import Server, serving
 from parbake.transports import client
 
 _SWAPS: Final = 200
-_QUICK_SWAPS: Final = 20
+_QUICK_SWAPS: Final = 60
 _SETTLED: Final = 3
 """The swap after which memory is compared with that after the last one."""
 _GROWTH: Final = 0.05
 _SLOWER: Final = 2.0
-_PAUSE_S: Final = 0.25
+_PAUSE_S: Final = 0.15
 _DOUBLES_SLOWLY: Final = """
 import time
 

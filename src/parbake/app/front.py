@@ -74,6 +74,9 @@ _LONGEST_BATCH_S: Final = 0.25
 _TEND_S: Final = 0.5
 """How often the learned heads are looked after."""
 
+_GIVE_BACK_S: Final = 0.1
+"""Time from the release of a version to that of its memory."""
+
 _WANT_S: Final = 300.0
 """Longest that loading a model is waited for; callers have deadlines of their own."""
 
@@ -121,6 +124,7 @@ class Front:
         self.clients: Callable[[], dict[str, int]] = dict
         """Requests that were let in, by client."""
         self.refused: dict[str, int] = {}
+        self._giving_back: asyncio.TimerHandle | None = None
         self._tending: asyncio.Task[None] | None = None
         self._leasing = False
         """Whether this process is told of changes to tables."""
@@ -246,7 +250,7 @@ class Front:
 
     async def _place(self, entry: PlanEntry) -> Placed:
         """Decide by measurement whether a model belongs into this process."""
-        bundle = read_bundle(entry.bundle, verify=entry.verify)
+        bundle = await asyncio.to_thread(read_bundle, entry.bundle, verify=entry.verify)
         size = sum(item.bytes for item in bundle.manifest.files)
         # Code of its own may crash, hang or hold the interpreter's lock: never where the requests come in.
         if bundle.contract.own_code or size > _INLINE_BYTES:
@@ -282,7 +286,7 @@ class Front:
         return session
 
     async def _load(self, entry: PlanEntry) -> Slot:
-        bundle = read_bundle(entry.bundle, verify=entry.verify)
+        bundle = await asyncio.to_thread(read_bundle, entry.bundle, verify=entry.verify)
         check_digest(bundle, entry.digest)
         contract = bundle.contract
         default = default_record(contract, Records(contract))
@@ -560,7 +564,13 @@ class Front:
                 slot.lease.close()
         if slots:
             slots.clear()
-            give_memory_back()
+            if self._giving_back is None:
+                # A millisecond that nobody needs to wait for who is waiting for the swap already.
+                self._giving_back = self._loop.call_later(_GIVE_BACK_S, self._give_back)
+
+    def _give_back(self) -> None:
+        self._giving_back = None
+        give_memory_back()
 
     def _counts(self) -> AllCounts:
         now_ms = int(time.time() * 1000)

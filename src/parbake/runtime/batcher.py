@@ -407,7 +407,7 @@ class Batcher:
         # When the batch ends, as far as is known: whoever cannot wait so long is told now, and not when it is late.
         ends = now
         if rows > 1 and now - self._learned < _STALE_S:
-            ends += self.cost.seconds(min(rows, limit))
+            ends += _MARGIN * self.cost.seconds(min(rows, limit))
         if rows == len(queue) <= limit and not self._apart:
             # The usual case, one row each: all of them, if nothing is the matter with any.
             shapes = queue[0].shapes

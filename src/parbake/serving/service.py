@@ -63,6 +63,8 @@ class ServedVersion:
         self.stats = stats
         self.closed = False
         self.expired = False
+        self.changes = 0
+        """Grows whenever it answers from something else than before: who has looked that up looks again."""
         self._default = default
         self.head = head
         self.recorder = recorder
@@ -91,6 +93,7 @@ class ServedVersion:
     def expire(self) -> None:
         """From now on nothing in the table is fresh enough: hybrid mode asks the model, static mode knows no key."""
         self.expired = True
+        self.changes += 1
         if self._table_get is not None:
             self._table_get = _nothing
         if self.head is not None:
@@ -101,6 +104,7 @@ class ServedVersion:
     def lose_table(self) -> None:
         """From now on there is no table: hybrid mode asks the model, static mode cannot answer."""
         table, self.table = self.table, None
+        self.changes += 1
         self._table_get = None
         if self.head is not None:
             self.head.below = None

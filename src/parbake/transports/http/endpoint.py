@@ -39,6 +39,9 @@ class PredictionEndpoint:
         self._max_body_bytes = max_body_bytes
         self._answered = served.stats.answered
 
+    def forget(self) -> None:
+        """Give up what is kept for requests to come: there will be none."""
+
     def answer(self, exchange: Exchange) -> None:
         """Handle one request; the reply is written now or later."""
         served = self._served

@@ -33,6 +33,11 @@ class ReplyMemo:
         self._shelves.append(replies)
         return replies
 
+    def remove(self, shelf: dict[bytes, Known]) -> None:
+        """Nobody reads this shelf any more."""
+        shelf.clear()
+        self._shelves = [other for other in self._shelves if other is not shelf]
+
     def offer(self, shelf: dict[bytes, Known], body: bytes, known: Known) -> None:
         """Keep this on a shelf, if the body has been seen before and is not too long."""
         mark = hash(body)

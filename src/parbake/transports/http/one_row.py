@@ -73,6 +73,10 @@ class OneRowEndpoint(PredictionEndpoint):
         """Replies of this turn of the loop, when their requests had been read, keys and records."""
         self._shapes = (served.contract.inputs[0].shape,)
 
+    def forget(self) -> None:
+        """See `PredictionEndpoint`."""
+        self._memo.remove(self._replies)
+
     def answer(self, exchange: Exchange) -> None:
         """Handle one request; the reply is written now or later."""
         if not (exchange.head.plain and exchange.keep_alive):

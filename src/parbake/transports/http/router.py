@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import unquote_to_bytes
 
@@ -50,6 +51,16 @@ class ControlRequest(Struct, frozen=True, forbid_unknown_fields=True):
     parameters: dict[str, Any] = {}
 
 
+@dataclass(frozen=True, slots=True)
+class _Answering:
+    """What answers for one version, as it was when it had changed so often."""
+
+    served: ServedVersion
+    changes: int
+    infer: PredictionEndpoint
+    people: PredictionEndpoint
+
+
 class Router:
     """Hands each request of one front to what answers it. `rebuild` follows every change of plan."""
 
@@ -62,6 +73,8 @@ class Router:
         self._settings = settings
         self._access = access
         self._exact: dict[bytes, Callable[[Exchange], None]] = {}
+        self._memo = ReplyMemo()
+        self._answering: dict[int, _Answering] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._fixed: dict[bytes, Callable[[Exchange], None]] = {
             b"/v2": self._server,
@@ -80,18 +93,30 @@ class Router:
     def rebuild(self) -> None:
         """Make the table of URLs for what is served now."""
         exact = dict(self._fixed)
-        memo = ReplyMemo()
         limit = self._settings.max_body_bytes
+        before, self._answering = self._answering, {}
         for served in self._front.versions():
             name, version = served.name.encode(), served.version.encode()
-            infer = endpoint(served, InferCodec(served), limit, memo)
-            people = PredictionEndpoint(served, PeopleCodec(served), limit)
+            # What did not change goes on as it is: there may be a thousand versions, and callers wait meanwhile.
+            answering = before.get(id(served))
+            if answering is None or answering.changes != served.changes:
+                answering = _Answering(
+                    served,
+                    served.changes,
+                    endpoint(served, InferCodec(served), limit, self._memo),
+                    PredictionEndpoint(served, PeopleCodec(served), limit),
+                )
+            else:
+                del before[id(served)]
+            self._answering[id(served)] = answering
             # The last version of a name is the one without a number: later entries overwrite.
             # Bound methods, because an object with __call__ takes Python longer to call.
-            exact[b"/v2/models/%s/infer" % name] = infer.answer
-            exact[b"/v2/models/%s/versions/%s/infer" % (name, version)] = infer.answer
-            exact[b"/predict/%s" % name] = people.answer
-            exact[b"/predict/%s/versions/%s" % (name, version)] = people.answer
+            exact[b"/v2/models/%s/infer" % name] = answering.infer.answer
+            exact[b"/v2/models/%s/versions/%s/infer" % (name, version)] = answering.infer.answer
+            exact[b"/predict/%s" % name] = answering.people.answer
+            exact[b"/predict/%s/versions/%s" % (name, version)] = answering.people.answer
+        for gone in before.values():
+            gone.infer.forget()
         self._exact = exact
 
     def answer(self, exchange: Exchange) -> None:
