@@ -133,7 +133,7 @@ class Fallback:
         if self._default is not None:
             return self._marked(served, asked, served.together([self._default] * asked.rows, 0), error)
         if self._last is not None:
-            records = [self._last.get(key) for key in served.keys.of(asked.raws, asked.rows, asked.shapes)]
+            records = [self._last.get(key) for key in served.keys_of(asked)]
             if any(record is None for record in records):
                 raise error
             return self._marked(served, asked, served.together(records, 0), error)
@@ -164,7 +164,7 @@ class Fallback:
     def _keep(self, served: ServedVersion, asked: Asked, answer: Answer) -> None:
         if self._last is None:
             return
-        keys = served.keys.of(asked.raws, asked.rows, asked.shapes)
+        keys = served.keys_of(asked)
         for key, record in zip(keys, served.records_of(answer), strict=True):
             self._last.keep(key, record)
 

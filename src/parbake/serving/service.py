@@ -123,12 +123,19 @@ class ServedVersion:
         """Count and note a request that was answered in the model's place; ``code`` says what was wrong."""
         self.stats.rescued(code)
         if self.recorder is not None:
-            keys = self.keys.of(asked.raws, asked.rows, asked.shapes)
+            keys = self.keys_of(asked)
             request = _Request(
                 asked.raws, asked.rows, asked.shapes, asked.arrived, asked.priority, asked.client
             )
             request.keys, request.where = keys, [FALLBACK] * asked.rows
             self._note(request, None)
+
+    def keys_of(self, asked: Asked) -> list[bytes]:
+        """The keys of the rows, rounded where the contract says so."""
+        raws = asked.raws
+        if self.contract.key.rounding:
+            raws = self._rounded(raws, asked.rows, asked.shapes)
+        return self.keys.of(raws, asked.rows, asked.shapes)
 
     @property
     def pending(self) -> bool:

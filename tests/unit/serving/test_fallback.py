@@ -136,6 +136,16 @@ def test_the_last_answer_is_that_of_the_same_key(tmp_path: Path) -> None:
         service.ask(1, 2, 8, 8)
 
 
+def test_rows_that_are_rounded_to_the_same_have_the_same_last_answer(tmp_path: Path) -> None:
+    bundle = write_function(tmp_path, DOUBLE, key=Key(rounding={"left": 1, "right": 0}))
+    service = Service(bundle, Fallback("last", last=LastAnswers()))
+    service.ask(1.01, 2.2)
+    service.model.error = ModelFailed("broken")
+    assert values(service.ask(0.98, 1.9)) == [2, 4]
+    with pytest.raises(ModelFailed):
+        service.ask(1.2, 2.2)
+
+
 def test_another_model_answers_and_says_its_name(double: StoredBundle, tmp_path: Path) -> None:
     small = Service(write_function(tmp_path, "def predict(x):\n    return x * 3\n"))
     service = Service(double, Fallback("small", other=lambda: small.served))
