@@ -16,12 +16,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Final
 
-from bench import models
-from bench.clients import Client, Speed
+from bench import models, samples
+from bench.clients import Client
 from bench.machine import this_machine
 from bench.models import Packed
 from bench.processes import cpu_seconds, peer, with_descendants
 from bench.report import Section, Table, at_least, at_most
+from bench.samples import Sample
 from bench.venvs import PEERS
 from parbake.testing import serving
 
@@ -43,15 +44,6 @@ class Server:
     pids: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One measurement of one server."""
-
-    speed: Speed
-    cpu_us: float
-    """CPU time of the server per request."""
-
-
 @dataclass(slots=True)
 class Series:
     """All measurements of one server under one load, each with what the bare loop did just before and after."""
@@ -71,22 +63,6 @@ class Series:
     def middle(self, of: Callable[[Sample], float]) -> float:
         """The median of a figure."""
         return median(map(of, self.samples))
-
-
-def _rate(sample: Sample) -> float:
-    return sample.speed.requests_per_s
-
-
-def _p50(sample: Sample) -> float:
-    return sample.speed.p50_ms
-
-
-def _p99(sample: Sample) -> float:
-    return sample.speed.p99_ms
-
-
-def _cpu(sample: Sample) -> float:
-    return sample.cpu_us
 
 
 def run(
@@ -206,15 +182,19 @@ def _section(
             continue
         if item.connections == 1:
             targets.append(
-                at_most(f"{item.what}: p50 at 1 connection / bare", median(item.ratios(_p50)), 1.5)
+                at_most(f"{item.what}: p50 at 1 connection / bare", median(item.ratios(samples.p50)), 1.5)
             )
         else:
-            targets.append(at_least(f"{item.what}: requests/s / bare", median(item.ratios(_rate)), 0.5))
+            targets.append(
+                at_least(f"{item.what}: requests/s / bare", median(item.ratios(samples.rate)), 0.5)
+            )
     crowd = {item.what: item for item in micro if item.connections != 1}
     dynamic = crowd["dynamic, inline"]
-    targets.append(at_least("dynamic, inline: requests/s / bare", median(dynamic.ratios(_rate)), 0.4))
+    targets.append(at_least("dynamic, inline: requests/s / bare", median(dynamic.ratios(samples.rate)), 0.4))
     if fastapi := crowd.get(_FASTAPI):
-        times = [a / b for a, b in zip(dynamic.ratios(_rate), fastapi.ratios(_rate), strict=True)]
+        times = [
+            a / b for a, b in zip(dynamic.ratios(samples.rate), fastapi.ratios(samples.rate), strict=True)
+        ]
         targets.append(at_least("dynamic, inline: requests/s / FastAPI", median(times), 15))
     targets.sort(key=lambda target: "p50" in target.what)
     missing = "" if fastapi else " FastAPI is not installed here."
@@ -246,10 +226,10 @@ def _table(packed: Packed, found: Sequence[Series], connections: int) -> Table:
     rows = [
         (
             _BARE,
-            f"{median(map(_rate, every_bare)):,.0f}",
-            f"{median(map(_p50, every_bare)):.3f}",
-            f"{median(map(_p99, every_bare)):.3f}",
-            f"{median(map(_cpu, every_bare)):.1f}",
+            f"{median(map(samples.rate, every_bare)):,.0f}",
+            f"{median(map(samples.p50, every_bare)):.3f}",
+            f"{median(map(samples.p99, every_bare)):.3f}",
+            f"{median(map(samples.cpu, every_bare)):.1f}",
             "1",
             "1",
             "1",
@@ -258,13 +238,13 @@ def _table(packed: Packed, found: Sequence[Series], connections: int) -> Table:
     rows += [
         (
             item.what,
-            f"{item.middle(_rate):,.0f}",
-            f"{item.middle(_p50):.3f}",
-            f"{item.middle(_p99):.3f}",
-            f"{item.middle(_cpu):.1f}",
-            f"{median(item.ratios(_rate)):.2f}",
-            f"{median(item.ratios(_p50)):.2f}",
-            f"{median(item.ratios(_cpu)):.2f}",
+            f"{item.middle(samples.rate):,.0f}",
+            f"{item.middle(samples.p50):.3f}",
+            f"{item.middle(samples.p99):.3f}",
+            f"{item.middle(samples.cpu):.1f}",
+            f"{median(item.ratios(samples.rate)):.2f}",
+            f"{median(item.ratios(samples.p50)):.2f}",
+            f"{median(item.ratios(samples.cpu)):.2f}",
         )
         for item in found
     ]
@@ -281,13 +261,13 @@ def _raw(found: Sequence[Series]) -> list[dict[str, Any]]:
         {
             "server": item.what,
             "connections": item.connections,
-            "requests_per_s": [_rate(sample) for sample in item.samples],
-            "p50_ms": [_p50(sample) for sample in item.samples],
-            "p99_ms": [_p99(sample) for sample in item.samples],
-            "cpu_us": [_cpu(sample) for sample in item.samples],
-            "requests_per_s_to_bare": item.ratios(_rate),
-            "p50_to_bare": item.ratios(_p50),
-            "cpu_to_bare": item.ratios(_cpu),
+            "requests_per_s": [samples.rate(sample) for sample in item.samples],
+            "p50_ms": [samples.p50(sample) for sample in item.samples],
+            "p99_ms": [samples.p99(sample) for sample in item.samples],
+            "cpu_us": [samples.cpu(sample) for sample in item.samples],
+            "requests_per_s_to_bare": item.ratios(samples.rate),
+            "p50_to_bare": item.ratios(samples.p50),
+            "cpu_to_bare": item.ratios(samples.cpu),
         }
         for item in found
     ]

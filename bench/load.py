@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import cycle
 from typing import Any, Final, TypeAlias
@@ -102,20 +102,79 @@ def pouring(load: Load) -> Iterator[None]:
 
 def put(load: Load) -> Measured:
     """Run the load in a process of its own. Raises RuntimeError with its words where it ends without a result."""
+    return run_apart("bench.load", load, load.warm_up_s + load.seconds)
+
+
+def run_apart(module: str, load: Struct, seconds: float) -> Measured:
+    """Run a load generator's module for a load that takes so long. Raises RuntimeError where it has no result."""
     done = subprocess.run(
-        [sys.executable, "-m", "bench.load"],
+        [sys.executable, "-m", module],
         input=msgspec.msgpack.encode(load),
         capture_output=True,
-        timeout=load.warm_up_s + load.seconds + 2 * _GRACE_S,
+        timeout=seconds + 2 * _GRACE_S,
         check=False,
     )
     if done.returncode:
-        raise RuntimeError(f"the load generator ended with {done.returncode}: {done.stderr.decode()[-2000:]}")
+        raise RuntimeError(f"{module} ended with {done.returncode}: {done.stderr.decode()[-2000:]}")
     return msgspec.msgpack.decode(done.stdout, type=Measured)
 
 
-class _Run:
-    """The state that all connections share."""
+class ClosedLoop:
+    """What all connections of one load share: what is to be sent next, and what came of it."""
+
+    def __init__(self, order: Iterable[int], bodies: int) -> None:
+        self._order: Iterator[int] = cycle(order)
+        self._seen: list[bytes | None] = [None] * bodies
+        """The last reply to each body that was in order: the same bytes need no second look."""
+        self.latencies: list[float] = []
+        self.connected = self.lost = 0
+        self.stopping = False
+        self.right = self.wrong = self.failed = self.unknown = 0
+        self.complaint = ""
+
+    def fail(self, words: str) -> None:
+        """Count a request that got no reply."""
+        self.failed += 1
+        self._complain(words)
+
+    def _complain(self, words: str) -> None:
+        self.complaint = self.complaint or words
+
+    async def measure(self, warm_up_s: float, seconds: float) -> Measured:
+        """Look on for so long, or until SIGTERM, and wait for the last replies; connections have been made."""
+        await asyncio.sleep(warm_up_s)
+        self.latencies.clear()
+        started, busy = time.perf_counter(), time.process_time()
+        stop = asyncio.Event()
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(stop.wait(), seconds)
+        seconds, busy = time.perf_counter() - started, time.process_time() - busy
+        latencies, self.latencies = self.latencies, []
+        self.stopping = True
+        limit = time.perf_counter() + _GRACE_S
+        while self.lost < self.connected:
+            if time.perf_counter() > limit:
+                self.fail(f"{self.connected - self.lost} requests were not answered within {_GRACE_S:g} s")
+                break
+            await asyncio.sleep(0.005)
+        latencies.sort()
+        return Measured(
+            requests=len(latencies),
+            seconds=seconds,
+            p50_ms=percentile_ms(latencies, 0.50),
+            p99_ms=percentile_ms(latencies, 0.99),
+            busy=busy / seconds,
+            right=self.right,
+            wrong=self.wrong,
+            unknown=self.unknown,
+            failed=self.failed,
+            complaint=self.complaint,
+        )
+
+
+class _Run(ClosedLoop):
+    """Bodies, and the replies to them."""
 
     def __init__(self, load: Load) -> None:
         lines = "".join(f"{name}: {value}\r\n" for name, value in load.headers.items())
@@ -124,19 +183,10 @@ class _Run:
             f"{head}content-length: {len(body)}\r\n\r\n".encode() + body for body in load.bodies
         ]
         self._expected = load.expected
-        self._order: Iterator[int] = cycle(load.order)
-        self._seen: list[bytes | None] = [None] * len(load.bodies)
-        """The last reply to each body that was in order: the same bytes need no second look."""
+        super().__init__(load.order, len(load.bodies))
         self.heads: dict[bytes, tuple[int, int]] = {}
-        self.latencies: list[float] = []
-        self.connected = 0
-        self.lost = 0
-        self.stopping = False
-        self.right = self.wrong = self.failed = 0
-        self.unknown = 0
         self.bodies_answered: set[int] = set()
         self.bodies_unknown: set[int] = set()
-        self.complaint = ""
 
     def next(self) -> tuple[int, bytes]:
         """Number and bytes of the next request."""
@@ -173,14 +223,6 @@ class _Run:
         else:
             self.failed += 1
             self._complain(f"body {number}: status {status}, {payload[:500].decode(errors='replace')}")
-
-    def fail(self, words: str) -> None:
-        """Count a request that got no reply."""
-        self.failed += 1
-        self._complain(words)
-
-    def _complain(self, words: str) -> None:
-        self.complaint = self.complaint or words
 
 
 class _Connection(asyncio.Protocol):
@@ -257,34 +299,9 @@ async def _drive(load: Load) -> Measured:
     loop = asyncio.get_running_loop()
     for _ in range(load.connections):
         await loop.create_connection(lambda: _Connection(run), load.host, load.port)
-    await asyncio.sleep(load.warm_up_s)
-    run.latencies.clear()
-    started, busy = time.perf_counter(), time.process_time()
-    stop = asyncio.Event()
-    loop.add_signal_handler(signal.SIGTERM, stop.set)
-    with suppress(TimeoutError):
-        await asyncio.wait_for(stop.wait(), load.seconds)
-    seconds, busy = time.perf_counter() - started, time.process_time() - busy
-    latencies, run.latencies = run.latencies, []
-    run.stopping = True
-    limit = time.perf_counter() + _GRACE_S
-    while run.lost < run.connected:
-        if time.perf_counter() > limit:
-            run.fail(f"{run.connected - run.lost} requests were not answered within {_GRACE_S:g} s")
-            break
-        await asyncio.sleep(0.005)
-    latencies.sort()
-    return Measured(
-        requests=len(latencies),
-        seconds=seconds,
-        p50_ms=percentile_ms(latencies, 0.50),
-        p99_ms=percentile_ms(latencies, 0.99),
-        busy=busy / seconds,
-        right=run.right,
-        wrong=run.wrong,
-        unknown=run.unknown,
-        failed=run.failed,
-        complaint=run.complaint,
+    found = await run.measure(load.warm_up_s, load.seconds)
+    return msgspec.structs.replace(
+        found,
         bodies_answered=tuple(sorted(run.bodies_answered)),
         bodies_unknown=tuple(sorted(run.bodies_unknown)),
     )

@@ -19,7 +19,7 @@ from typing import Any, Final, TypeAlias
 
 import numpy as np
 
-from bench import models
+from bench import models, samples
 from bench.clients import Client, Own, Speed
 from bench.contenders import (
     ALL_DYNAMIC,
@@ -46,6 +46,7 @@ from bench.payloads import Protocol, bodies, calls, check, headers
 from bench.peers.model import Model
 from bench.processes import cpu_seconds
 from bench.report import Section, Table, Target, at_least, at_most
+from bench.samples import Sample
 from bench.venvs import NotInstalled, python_of, version_of
 from parbake.errors import ParbakeError
 
@@ -88,15 +89,6 @@ class Leg:
         if (self.configured_for or self.connections) not in entrant.connections or not known:
             return None
         return next((protocol for protocol in self.protocols if protocol in entrant.speaks), None)
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One measurement of one server."""
-
-    speed: Speed
-    cpu_us: float = _NAN
-    """CPU time of the server per request."""
 
 
 @dataclass(slots=True)
@@ -179,22 +171,6 @@ class Field:
 
 def _ratio(a: float, b: float) -> float:
     return a / b if b else _NAN
-
-
-def _rate(sample: Sample) -> float:
-    return sample.speed.requests_per_s
-
-
-def _p50(sample: Sample) -> float:
-    return sample.speed.p50_ms
-
-
-def _p99(sample: Sample) -> float:
-    return sample.speed.p99_ms
-
-
-def _cpu(sample: Sample) -> float:
-    return sample.cpu_us
 
 
 def run(
@@ -474,8 +450,10 @@ def _tables(field_: Field) -> list[Table]:
         series = [item for item in field_.series if item.leg is leg and not item.entrant.bare]
         if not series:
             continue
-        best = field_.best_peer(leg.protocols[0], leg.connections, _rate)
-        series.sort(key=lambda item: (not item.entrant.ours, -item.middle(_rate) if item.entrant.peer else 0))
+        best = field_.best_peer(leg.protocols[0], leg.connections, samples.rate)
+        series.sort(
+            key=lambda item: (not item.entrant.ours, -item.middle(samples.rate) if item.entrant.peer else 0)
+        )
         rows = [_yardstick_row(field_, leg, series, best)]
         rows += [_row(item, best) for item in series]
         load = "1 connection" if leg.connections == 1 else f"{leg.connections} connections"
@@ -495,32 +473,32 @@ def _tables(field_: Field) -> list[Table]:
 
 
 def _yardstick_row(field_: Field, leg: Leg, series: Sequence[Series], best: Series | None) -> tuple[str, ...]:
-    samples = [sample for item in series for pair in item.around for sample in pair]
-    rates = [_rate(sample) for sample in samples]
+    around = [sample for item in series for pair in item.around for sample in pair]
+    rates = [samples.rate(sample) for sample in around]
     what = _RAW if field_.packed.row_us > 2000 else (BARE_GRPC if "grpc" in leg.protocols else BARE).what
     return (
         what,
         f"{median(rates):,.0f}",
         _range(rates),
-        f"{median(map(_p50, samples)):.3f}",
-        _number(median(map(_p99, samples)), 3),
-        _number(median(map(_cpu, samples)), 1),
+        f"{median(map(samples.p50, around)):.3f}",
+        _number(median(map(samples.p99, around)), 3),
+        _number(median(map(samples.cpu, around)), 1),
         "1",
-        _number(_ratio(median(rates), best.middle(_rate)), 2) if best else "",
-        str(sum(sample.speed.failed for sample in samples)),
+        _number(_ratio(median(rates), best.middle(samples.rate)), 2) if best else "",
+        str(sum(sample.speed.failed for sample in around)),
     )
 
 
 def _row(item: Series, best: Series | None) -> tuple[str, ...]:
     return (
         item.entrant.what,
-        f"{item.middle(_rate):,.0f}",
-        _range([_rate(sample) for sample in item.samples]),
-        _number(item.middle(_p50), 3),
-        _number(item.middle(_p99), 3),
-        _number(item.middle(_cpu), 1),
-        _number(item.to_yardstick(_rate), 3),
-        _number(item.to(best, _rate), 2) if best else "",
+        f"{item.middle(samples.rate):,.0f}",
+        _range([samples.rate(sample) for sample in item.samples]),
+        _number(item.middle(samples.p50), 3),
+        _number(item.middle(samples.p99), 3),
+        _number(item.middle(samples.cpu), 1),
+        _number(item.to_yardstick(samples.rate), 3),
+        _number(item.to(best, samples.rate), 2) if best else "",
         f"{item.failed:,}",
     )
 
@@ -567,41 +545,45 @@ def _targets(field_: Field) -> list[Target]:
     if packed.row_us > 2000:
         if series := field_.of(PROCESS, "json", 8):
             what = f"{packed.what}: rows/s / the model alone"
-            found.append(at_least(what, series.to_yardstick(_rate), 0.95))
+            found.append(at_least(what, series.to_yardstick(samples.rate), 0.95))
         return found
     if "logistic" not in packed.what:
-        best = field_.best_peer("json", 64, _rate)
+        best = field_.best_peer("json", 64, samples.rate)
         inline = field_.of(INLINE, "json", 64)
         if best and inline:
-            found.append(at_least(f"{packed.what}: requests/s / fastest peer", inline.to(best, _rate), 1.75))
+            found.append(
+                at_least(f"{packed.what}: requests/s / fastest peer", inline.to(best, samples.rate), 1.75)
+            )
         return found
-    crowd = field_.best_peer("json", 64, _rate)
+    crowd = field_.best_peer("json", 64, samples.rate)
     inline, table = field_.of(INLINE, "json", 64), field_.of(TABLE_HIT, "json", 64)
     if crowd and inline and table:
         found += [
-            at_least("dynamic: requests/s / fastest peer", inline.to(crowd, _rate), 2),
-            at_most("dynamic: p99 / fastest peer's", inline.to(crowd, _p99), 1),
-            at_least("table hit: requests/s / fastest peer", table.to(crowd, _rate), 2.5),
+            at_least("dynamic: requests/s / fastest peer", inline.to(crowd, samples.rate), 2),
+            at_most("dynamic: p99 / fastest peer's", inline.to(crowd, samples.p99), 1),
+            at_least("table hit: requests/s / fastest peer", table.to(crowd, samples.rate), 2.5),
         ]
     for what, least in ((ALL_DYNAMIC, 0.45), (ALL_TABLE, 0.6)):
         if series := field_.of(what, "json", 64):
             found.append(
                 at_least(
-                    f"{what.removeprefix('parbake, ')}: requests/s / bare", series.to_yardstick(_rate), least
+                    f"{what.removeprefix('parbake, ')}: requests/s / bare",
+                    series.to_yardstick(samples.rate),
+                    least,
                 )
             )
     for protocol in ("binary", "grpc"):
-        best, inline = field_.best_peer(protocol, 64, _rate), field_.of(INLINE, protocol, 64)
+        best, inline = field_.best_peer(protocol, 64, samples.rate), field_.of(INLINE, protocol, 64)
         if best and inline:
             shown = "gRPC" if protocol == "grpc" else "binary"
-            found.append(at_least(f"{shown}: requests/s / fastest peer", inline.to(best, _rate), 1))
-    quiet = field_.best_peer("json", 1, _p50, most=False)
+            found.append(at_least(f"{shown}: requests/s / fastest peer", inline.to(best, samples.rate), 1))
+    quiet = field_.best_peer("json", 1, samples.p50, most=False)
     if lone := field_.of(INLINE, "json", 1):
         if quiet:
-            found.append(at_most("1 connection: p50 / best peer's", lone.to(quiet, _p50), 0.75))
+            found.append(at_most("1 connection: p50 / best peer's", lone.to(quiet, samples.p50), 0.75))
         own_ms = packed.row_us / 1e3
         ratios = [
-            _p50(sample) / ((_p50(before) + _p50(after)) / 2 + own_ms)
+            samples.p50(sample) / ((samples.p50(before) + samples.p50(after)) / 2 + own_ms)
             for sample, (before, after) in zip(lone.samples, lone.around, strict=True)
         ]
         found.append(at_most("1 connection: p50 / bare loop and model", median(ratios), 1.5))
@@ -614,12 +596,12 @@ def _raw(field_: Field) -> list[dict[str, Any]]:
             "server": item.entrant.what,
             "protocol": item.leg.protocol_of(item.entrant),
             "connections": item.leg.connections,
-            "requests_per_s": [_rate(sample) for sample in item.samples],
-            "p50_ms": _plain(item, _p50),
-            "p99_ms": _plain(item, _p99),
-            "cpu_us": _plain(item, _cpu),
+            "requests_per_s": [samples.rate(sample) for sample in item.samples],
+            "p50_ms": _plain(item, samples.p50),
+            "p99_ms": _plain(item, samples.p99),
+            "cpu_us": _plain(item, samples.cpu),
             "failed": item.failed,
-            "requests_per_s_to_bare": item.to_yardstick(_rate),
+            "requests_per_s_to_bare": item.to_yardstick(samples.rate),
             "cold_start_s": field_.cold_s.get(item.entrant.what),
             "memory_mib": field_.memory_mib.get(item.entrant.what),
         }

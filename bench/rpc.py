@@ -10,11 +10,8 @@ from __future__ import annotations
 import asyncio
 import math
 import struct
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from itertools import cycle
 from typing import Any, Final
 
 import msgspec
@@ -22,7 +19,7 @@ import numpy as np
 import uvloop
 from msgspec import Struct
 
-from bench.load import Measured, percentile_ms
+from bench.load import ClosedLoop, Measured, run_apart
 from parbake.contract.datatypes import NUMPY
 from parbake.contract.tensors import from_raw
 from parbake.transports.grpc.messages import INFERENCE, message
@@ -60,16 +57,7 @@ class Calls(Struct, frozen=True):
 
 def call(calls: Calls) -> Measured:
     """Run the calls in a process of its own. Raises RuntimeError with its words where it ends without a result."""
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.rpc"],
-        input=msgspec.msgpack.encode(calls),
-        capture_output=True,
-        timeout=calls.warm_up_s + calls.seconds + 2 * _GRACE_S,
-        check=False,
-    )
-    if done.returncode:
-        raise RuntimeError(f"the gRPC load ended with {done.returncode}: {done.stderr.decode()[-2000:]}")
-    return msgspec.msgpack.decode(done.stdout, type=Measured)
+    return run_apart("bench.rpc", calls, calls.warm_up_s + calls.seconds)
 
 
 def values(reply: bytes) -> list[float]:
@@ -93,21 +81,15 @@ def close(got: list[float], wanted: list[float], tolerance: float) -> bool:
     )
 
 
-class _Run:
-    """The state that all connections share."""
+class _Run(ClosedLoop):
+    """Messages, and the answers to them."""
 
     def __init__(self, calls: Calls) -> None:
         self.authority = f"127.0.0.1:{calls.port}".encode()
         self._frames = [_data_frame(message) for message in calls.messages]
         self._expected = calls.expected
         self._tolerance = calls.tolerance
-        self._order: Iterator[int] = cycle(range(len(calls.messages)))
-        self._seen: list[bytes | None] = [None] * len(calls.messages)
-        self.latencies: list[float] = []
-        self.connected = self.lost = 0
-        self.stopping = False
-        self.right = self.wrong = self.failed = 0
-        self.complaint = ""
+        super().__init__(range(len(calls.messages)), len(calls.messages))
 
     def next(self) -> tuple[int, tuple[bytes, bytes]]:
         """Number of a message, and its frame without the stream's number: what is before and behind that."""
@@ -129,14 +111,6 @@ class _Run:
             self._complain(f"message {number}: expected {self._expected[number]}, got {got}")
         else:
             self.fail(f"message {number}: an error for an answer")
-
-    def fail(self, words: str) -> None:
-        """Count a call that got no answer."""
-        self.failed += 1
-        self._complain(words)
-
-    def _complain(self, words: str) -> None:
-        self.complaint = self.complaint or words
 
 
 class _Connection(asyncio.Protocol):
@@ -250,31 +224,7 @@ async def _drive(calls: Calls) -> Measured:
     loop = asyncio.get_running_loop()
     for _ in range(calls.connections):
         await loop.create_connection(lambda: _Connection(run), "127.0.0.1", calls.port)
-    await asyncio.sleep(calls.warm_up_s)
-    run.latencies.clear()
-    started, busy = time.perf_counter(), time.process_time()
-    await asyncio.sleep(calls.seconds)
-    seconds, busy = time.perf_counter() - started, time.process_time() - busy
-    latencies, run.latencies = run.latencies, []
-    run.stopping = True
-    limit = time.perf_counter() + _GRACE_S
-    while run.lost < run.connected:
-        if time.perf_counter() > limit:
-            run.fail(f"{run.connected - run.lost} calls were not answered within {_GRACE_S:g} s")
-            break
-        await asyncio.sleep(0.005)
-    latencies.sort()
-    return Measured(
-        requests=len(latencies),
-        seconds=seconds,
-        p50_ms=percentile_ms(latencies, 0.50),
-        p99_ms=percentile_ms(latencies, 0.99),
-        busy=busy / seconds,
-        right=run.right,
-        wrong=run.wrong,
-        failed=run.failed,
-        complaint=run.complaint,
-    )
+    return await run.measure(calls.warm_up_s, calls.seconds)
 
 
 def main() -> None:

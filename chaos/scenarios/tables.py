@@ -7,15 +7,17 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
 from chaos.bundles import BAKED, TAIL, asking, multiplier, table
-from chaos.load import calling
+from chaos.load import Calls, calling
 from chaos.model import Observed, Scenario, Stage, at_least, at_most, none
 from chaos.servers import status
 from parbake.app.supervisor import Change
-from parbake.testing import serving
+from parbake.testing import Server, serving
 from parbake.transports import client
 
 _MANY: Final = tuple((float(i), 1.0) for i in range(20_000))
@@ -23,7 +25,9 @@ _MANY: Final = tuple((float(i), 1.0) for i in range(20_000))
 _BACK_MS: Final = 1000.0
 
 
-def _truncated(stage: Stage) -> Observed:
+@contextmanager
+def _baked_beside_another(stage: Stage) -> Iterator[tuple[Server, Path, Calls]]:
+    """A model with a table of many pages, another without, callers of both, and the folder of the table."""
     stage.say("baking")
     sound = multiplier(stage.folder / "sound.bundle", 2, name="sound")
     broken = multiplier(stage.folder / "broken.bundle", 3, name="broken")
@@ -38,8 +42,13 @@ def _truncated(stage: Stage) -> Observed:
             asking("its other rows", "broken", TAIL, 3),
         ) as calls,
     ):
-        before = status(server)
         time.sleep(0.3)
+        yield server, baked, calls
+
+
+def _truncated(stage: Stage) -> Observed:
+    with _baked_beside_another(stage) as (server, baked, calls):
+        before = status(server)
         at = time.monotonic()
         stage.say("cutting it off")
         os.truncate(baked / "data.mdb", 8192)
@@ -58,21 +67,7 @@ def _truncated(stage: Stage) -> Observed:
 
 
 def _deleted(stage: Stage) -> Observed:
-    stage.say("baking")
-    broken = multiplier(stage.folder / "broken.bundle", 3, name="broken")
-    sound = multiplier(stage.folder / "sound.bundle", 2, name="sound")
-    baked = table(broken, stage.folder / "broken.table", _MANY)
-    arguments = ("--table", f"broken={baked}", "--head-rows", "0")
-    with (
-        serving(sound, broken, arguments=arguments, workers=1, placement="process") as server,
-        calling(
-            server.port,
-            asking("other model", "sound", TAIL, 2),
-            asking("rows of the table", "broken", _MANY[::40], 3),
-            asking("its other rows", "broken", TAIL, 3),
-        ) as calls,
-    ):
-        time.sleep(0.3)
+    with _baked_beside_another(stage) as (_, baked, calls):
         stage.say("deleting it")
         shutil.rmtree(baked)
         time.sleep(stage.seconds)

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Final, TypedDict, cast
 
 import click
 
-from parbake.cli.options import BUNDLE, FILE, Command, json_option, pickle_option, progress_option
+from parbake.cli.options import (
+    BUNDLE,
+    FILE,
+    Command,
+    json_option,
+    pickle_option,
+    progress_option,
+    server_options,
+)
 from parbake.cli.output import emit, emit_json, emit_table, emit_title, say, size, stages
 from parbake.errors import ModelNotFound, NotFound, NotReady, SettingsError
 from parbake.settings import Mode, Placement
@@ -105,19 +113,7 @@ class _Shares(click.ParamType[tuple[float, ...]]):
     metavar="SECONDS",
     help="Watch a running server for so long, and show what was predicted for it against what is observed.",
 )
-@click.option(
-    "--port",
-    type=click.IntRange(1, 65535),
-    envvar="PARBAKE_PORT",
-    metavar="PORT",
-    help="HTTP port of the server, where several run on this machine.",
-)
-@click.option(
-    "--admin-url", default="", envvar="PARBAKE_ADMIN_URL", metavar="URL", help="Admin API of the server."
-)
-@click.option(
-    "--token", default="", envvar="PARBAKE_ADMIN_TOKEN", metavar="TOKEN", help="Token of the admin API."
-)
+@server_options
 @pickle_option
 @progress_option
 @json_option

@@ -6,7 +6,7 @@ from typing import get_args
 
 import click
 
-from parbake.cli.options import Command, json_option
+from parbake.cli.options import Command, json_option, server_options
 from parbake.cli.output import emit_json, say
 from parbake.settings import WantedMode
 
@@ -15,19 +15,7 @@ from parbake.settings import WantedMode
 @click.argument("name")
 @click.argument("mode", type=click.Choice(get_args(WantedMode)))
 @click.option("--table", metavar="DIR", help="Prediction table to answer from.  [default: the one it has]")
-@click.option(
-    "--port",
-    type=click.IntRange(1, 65535),
-    envvar="PARBAKE_PORT",
-    metavar="PORT",
-    help="HTTP port of the server, where several run on this machine.",
-)
-@click.option(
-    "--admin-url", default="", envvar="PARBAKE_ADMIN_URL", metavar="URL", help="Admin API of the server."
-)
-@click.option(
-    "--token", default="", envvar="PARBAKE_ADMIN_TOKEN", metavar="TOKEN", help="Token of the admin API."
-)
+@server_options
 @json_option
 def command(
     name: str,

@@ -60,6 +60,35 @@ def progress_option(function: F) -> F:
     )(function)
 
 
+def server_options(function: F) -> F:
+    """``--port``, ``--admin-url`` and ``--token``: which running server is meant."""
+    for option in (
+        click.option(
+            "--token",
+            default="",
+            envvar="PARBAKE_ADMIN_TOKEN",
+            metavar="TOKEN",
+            help="Token of the admin API.",
+        ),
+        click.option(
+            "--admin-url",
+            default="",
+            envvar="PARBAKE_ADMIN_URL",
+            metavar="URL",
+            help="Admin API of the server.",
+        ),
+        click.option(
+            "--port",
+            type=click.IntRange(1, 65535),
+            envvar="PARBAKE_PORT",
+            metavar="PORT",
+            help="HTTP port of the server, where several run on this machine.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
 def pickle_option(function: F) -> F:
     """``--allow-pickle``."""
     return click.option(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from parbake.cli.options import Command, json_option, name_and_directory
+from parbake.cli.options import Command, json_option, name_and_directory, server_options
 from parbake.cli.output import emit_json, say
 from parbake.errors import SettingsError, TableForeign
 
@@ -35,19 +35,7 @@ Served = Iterable[tuple[str, str]]
     metavar="[NAME=]DIR",
     help="Prediction table for the target, for NAME, or for the deployment whose bundle baked it.  [repeatable]",
 )
-@click.option(
-    "--port",
-    type=click.IntRange(1, 65535),
-    envvar="PARBAKE_PORT",
-    metavar="PORT",
-    help="HTTP port of the server, where several run on this machine.",
-)
-@click.option(
-    "--admin-url", default="", envvar="PARBAKE_ADMIN_URL", metavar="URL", help="Admin API of the server."
-)
-@click.option(
-    "--token", default="", envvar="PARBAKE_ADMIN_TOKEN", metavar="TOKEN", help="Token of the admin API."
-)
+@server_options
 @json_option
 def command(
     targets: tuple[str, ...],

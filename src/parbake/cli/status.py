@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from parbake.cli.options import Command, json_option
+from parbake.cli.options import Command, json_option, server_options
 from parbake.cli.output import age, emit, emit_json, emit_table, emit_title
 
 if TYPE_CHECKING:
@@ -32,19 +32,7 @@ _DIGEST = len("sha256:") + 12
 
 
 @click.command(cls=Command, short_help="Show what a running server serves.")
-@click.option(
-    "--port",
-    type=click.IntRange(1, 65535),
-    envvar="PARBAKE_PORT",
-    metavar="PORT",
-    help="HTTP port of the server, where several run on this machine.",
-)
-@click.option(
-    "--admin-url", default="", envvar="PARBAKE_ADMIN_URL", metavar="URL", help="Admin API of the server."
-)
-@click.option(
-    "--token", default="", envvar="PARBAKE_ADMIN_TOKEN", metavar="TOKEN", help="Token of the admin API."
-)
+@server_options
 @json_option
 def command(port: int | None, admin_url: str, token: str, as_json: bool) -> None:
     """Show what a running server serves, since when, in which processes, and what it was asked.

@@ -1,0 +1,37 @@
+"""One measurement of one server, and the figures that are read off it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from bench.clients import Speed
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One measurement of one server."""
+
+    speed: Speed
+    cpu_us: float = math.nan
+    """CPU time of the server per request."""
+
+
+def rate(sample: Sample) -> float:
+    """Requests per second."""
+    return sample.speed.requests_per_s
+
+
+def p50(sample: Sample) -> float:
+    """Median latency, in milliseconds."""
+    return sample.speed.p50_ms
+
+
+def p99(sample: Sample) -> float:
+    """99th percentile of the latency, in milliseconds."""
+    return sample.speed.p99_ms
+
+
+def cpu(sample: Sample) -> float:
+    """CPU time of the server per request, in microseconds."""
+    return sample.cpu_us
