@@ -9,17 +9,21 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
 from collections import Counter
 from datetime import UTC, datetime
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from parbake.contract.key import key_of
 from parbake.contract.where import HEAD, MODEL, TABLE
@@ -28,7 +32,7 @@ from parbake.monitoring import recorder as recorder_module
 from parbake.monitoring.files import SCHEMA, OpenFile, log_files
 from parbake.monitoring.history import profiles_of
 from parbake.monitoring.log import PredictionLog, Skipped, log_keys, read_log
-from parbake.monitoring.model import LogOptions
+from parbake.monitoring.model import InputsMode, LogOptions
 from parbake.monitoring.profile import TrafficProfile, ids_of
 from parbake.monitoring.recorder import Recorder
 from parbake.monitoring.service import Monitor
@@ -160,7 +164,7 @@ WRITER = """
     from pathlib import Path
     from parbake.contract.key import key_of
     from parbake.monitoring.log import PredictionLog
-    from parbake.monitoring.model import LogOptions
+    from parbake.monitoring.model import InputsMode, LogOptions
     from parbake.monitoring.service import Monitor
 
     front = int(sys.argv[2])
@@ -422,6 +426,74 @@ def test_inputs_are_left_out_hashed_or_plain(tmp_path: Path) -> None:
     write(again, ring)
     again.close()
     assert rows_of(tmp_path / "hashed")[-1]["inputs"] == hashed["inputs"]
+
+
+VALUES = st.binary(max_size=3)
+
+
+@given(
+    st.sampled_from(["off", "hashed", "plain"]),
+    st.booleans(),
+    st.lists(
+        st.tuples(
+            st.sampled_from(["note", "turn", "bare", "refused"]),
+            st.lists(st.tuples(st.lists(VALUES, max_size=2), VALUES), min_size=1, max_size=3),
+        ),
+        max_size=6,
+    ),
+    st.sampled_from([0, 500, 1 << 20]),
+)
+def test_however_rows_are_noted_the_log_has_what_each_was(
+    mode: InputsMode, outputs: bool, steps: list[tuple[str, list[tuple[list[bytes], bytes]]]], known: int
+) -> None:
+    """Also when hashes are remembered, forgotten in between, or not kept at all."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patched:
+        patched.setattr(log_module, "_KNOWN_BYTES", known)
+        log = PredictionLog(Path(folder), LogOptions(inputs=mode, outputs=outputs))
+        ring = recorder(wants_inputs=mode != "off", wants_outputs=outputs)
+        secret = blake2b(b"eta", key=log._secret, digest_size=32).digest() if mode == "hashed" else b""
+
+        def shown(value: bytes) -> bytes:
+            return blake2b(value, key=secret, digest_size=16).digest() if secret else value
+
+        alone: list[Any] = []
+        together: list[Any] = []
+        for how, rows in steps:
+            keys = [key_of(record) for _, record in rows]
+            if how == "refused":
+                ring.refused("overloaded", 0.1)
+                alone.append((None, None, None))
+            for key, (raws, record) in zip(keys, rows, strict=True):
+                inputs = [shown(raw) for raw in raws] if mode != "off" and how != "bare" else None
+                row = (shown(key), inputs, record if outputs and how != "bare" else None)
+                if how in ("turn", "bare"):
+                    together.append(row)
+                elif how == "note":
+                    ring.note(key, MODEL, 0.1, raws if mode != "off" else None, record if outputs else None)
+                    alone.append(row)
+            if how == "turn":
+                raws_of = [raws for raws, _ in rows] if mode != "off" else None
+                records = [record for _, record in rows] if outputs else None
+                ring.note_turn(MODEL, keys, [0.1] * len(keys), raws_of, records)
+            elif how == "bare":
+                ring.note_turn(MODEL, keys, [0.1] * len(keys))
+        write(log, ring)
+        log.close()
+        found = [(row["key"], row["inputs"], row["outputs"]) for row in rows_of(Path(folder))]
+        assert sorted(map(repr, found)) == sorted(map(repr, alone + together))
+
+
+def test_remembered_hashes_take_no_more_than_their_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log_module, "_KNOWN_BYTES", 50_000)
+    hidden = log_module._Hidden(bytes(32))
+    largest = 0
+    for turn in range(50):
+        values = [b"%d" % (turn * 20 + i) for i in range(100)]
+        assert hidden.of(values) == [blake2b(v, key=bytes(32), digest_size=16).digest() for v in values]
+        largest = max(largest, len(hidden._known))
+    assert 100 < largest <= 50_000 // 200
+    hidden.of([bytes([i]) * 1000 for i in range(200)])
+    assert len(hidden._known) <= 50_000 // 200
 
 
 def test_a_monitor_fills_log_and_profile_and_counts_everything(tmp_path: Path) -> None:

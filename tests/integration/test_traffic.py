@@ -6,8 +6,10 @@ import base64
 import json
 import os
 import signal
+import socket
 import urllib.request
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +100,51 @@ def test_every_row_is_in_the_log_once(tmp_path: Path, mode: str) -> None:
             values = np.frombuffer(raw, np.float32)
             assert row["key"] == key(*values)
             assert np.frombuffer(row["outputs"], np.float32).tolist() == (values * 2).tolist()
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "static", "hybrid"])
+def test_rows_that_are_answered_together_are_logged_each_with_its_own_answer(
+    tmp_path: Path, mode: str
+) -> None:
+    bundle = write_scaled(tmp_path / "scaled.bundle", 2)
+    baked = [(n, 1) for n in range(0 if mode == "dynamic" else 20)]
+    table = str(bake_rows(bundle, baked, tmp_path / "table")) if baked else None
+    folder = tmp_path / "log"
+    with (
+        serving(
+            bundle.path,
+            mode=mode,
+            table=table,
+            prediction_log=str(folder),
+            log_inputs="plain",
+            log_outputs=True,
+        ) as server,
+        ExitStack() as stack,
+    ):
+        sockets = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", server.port))) for _ in range(8)
+        ]
+        for _ in range(3):
+            for number, one in enumerate(sockets):
+                for at in range(5):
+                    n = (number * 5 + at) % (20 if mode == "static" else 40)
+                    body = infer((n, 1))
+                    one.sendall(
+                        b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b"
+                        % (INFER.encode(), len(body), body)
+                    )
+            for one in sockets:
+                seen = b""
+                while seen.count(b"HTTP/1.1 200 OK") < 5 or not seen.endswith(b"}]}"):
+                    seen += one.recv(65536)
+    rows = logged(folder)
+    assert len(rows) == 120
+    for row in rows:
+        values = np.frombuffer(row["inputs"][0], np.float32)
+        assert row["key"] == key(*values)
+        assert np.frombuffer(row["outputs"], np.float32).tolist() == (values * 2).tolist()
+    per_key = Counter(row["key"] for row in rows)
+    assert set(per_key.values()) == {6 if mode == "static" else 3}
 
 
 def test_keys_only_unless_more_is_asked_for(tmp_path: Path) -> None:

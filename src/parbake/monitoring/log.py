@@ -14,9 +14,10 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
 from time import monotonic, time
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -52,6 +53,11 @@ _CLOCK_BACK_US: Final = 1_000_000
 
 _READ_ROWS: Final = 16 * 1024
 
+_KNOWN_BYTES: Final = 16 * 1024 * 1024
+"""What remembered hashes of one deployment may take."""
+_KNOWN_OVERHEAD: Final = 200
+"""Bytes that an entry takes besides the value."""
+
 
 class PredictionLog:
     """Writes the rows of one process. For one thread; no method raises for what the disk does.
@@ -74,7 +80,7 @@ class PredictionLog:
         self._tidied_s = 0.0
         self._draw = np.random.default_rng()
         self._secret = _secret(folder) if options.inputs == "hashed" else b""
-        self._secrets: dict[str, bytes] = {}
+        self._secrets: dict[str, _Hidden] = {}
         self._warm_up()
         self._tidy()
 
@@ -175,17 +181,19 @@ class PredictionLog:
         if self.options.rate < 1:
             chosen = np.flatnonzero(self._sampled(matrix, has_key))
             matrix, has_key, where, status = matrix[chosen], has_key[chosen], where[chosen], status[chosen]
-        extras, records = rows.extras, rows.records
+        keys, extras, records = rows.keys, rows.extras, rows.records
         times, seconds = np.frombuffer(rows.times), np.frombuffer(rows.seconds)
         if chosen is not None:
+            keys = [keys[i] for i in chosen]
             extras, records = [extras[i] for i in chosen], [records[i] for i in chosen]
             times, seconds = times[chosen], seconds[chosen]
         kept = len(where)
-        inputs: list[list[bytes] | None] | None = None
+        inputs: list[Sequence[bytes] | None] | None = None
         if self.options.inputs != "off" and recorder.wants_inputs:
-            inputs = [None if one is None or isinstance(one, str) else list(one) for one in extras]
-        if self.options.inputs == "hashed":
-            matrix, inputs = self._hidden(recorder.deployment, matrix, inputs)
+            inputs = [None if isinstance(one, str) else one for one in extras]
+        hidden = self._hidden(recorder.deployment) if self.options.inputs == "hashed" else None
+        if hidden is not None:
+            matrix = np.frombuffer(b"".join(hidden.of(keys)), np.uint8).reshape(-1, KEY_BYTES)
         columns = [
             pa.array((times * 1e6).astype(np.int64)).cast(SCHEMA.field("time").type),
             *(
@@ -196,10 +204,8 @@ class PredictionLog:
             _named(where.astype(np.int32), NAMES),
             pa.array((seconds * 1e3).astype(np.float32)),
             _named(status, tuple(codes)),
-            pa.nulls(kept, SCHEMA.field("inputs").type)
-            if inputs is None
-            else pa.array(inputs, SCHEMA.field("inputs").type),
-            pa.array(records, pa.binary()) if self.options.outputs else pa.nulls(kept, pa.binary()),
+            pa.nulls(kept, SCHEMA.field("inputs").type) if inputs is None else _lists(inputs, hidden),
+            _binaries(records) if self.options.outputs else pa.nulls(kept, pa.binary()),
         ]
         return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
 
@@ -211,23 +217,12 @@ class PredictionLog:
         # What has no key is refused anyway: it is drawn at the same rate, so that shares stay right.
         return np.where(has_key, kept, self._draw.random(len(kept)) < self.options.rate)
 
-    def _hidden(
-        self, deployment: str, matrix: npt.NDArray[np.uint8], inputs: list[list[bytes] | None] | None
-    ) -> tuple[npt.NDArray[np.uint8], list[list[bytes] | None] | None]:
-        secret = self._secrets.get(deployment)
-        if secret is None:
+    def _hidden(self, deployment: str) -> _Hidden:
+        hidden = self._secrets.get(deployment)
+        if hidden is None:
             secret = blake2b(deployment.encode(), key=self._secret, digest_size=32).digest()
-            self._secrets[deployment] = secret
-
-        def hidden(value: bytes) -> bytes:
-            return blake2b(value, key=secret, digest_size=KEY_BYTES).digest()
-
-        keys, places = np.unique(matrix.view(f"V{KEY_BYTES}").reshape(-1), return_inverse=True)
-        joined = b"".join(hidden(key.tobytes()) for key in keys)
-        matrix = np.frombuffer(joined, np.uint8).reshape(-1, KEY_BYTES)[places]
-        if inputs is not None:
-            inputs = [None if row is None else [hidden(value) for value in row] for row in inputs]
-        return matrix, inputs
+            hidden = self._secrets[deployment] = _Hidden(secret)
+        return hidden
 
     def _warm_up(self) -> None:
         """Have pyarrow load now what it loads at first use (pandas, where it is installed), and not while serving."""
@@ -265,6 +260,42 @@ class PredictionLog:
                 total -= file.bytes
                 left -= 1
         self._counts = replace(self._counts, files=left, bytes=total)
+
+
+class _Hidden:
+    """The keyed hashes of values. Those of small values that lately came are remembered, in memory and nowhere else."""
+
+    def __init__(self, secret: bytes) -> None:
+        # To copy a hash that has begun costs a third less than to begin another.
+        self._begun = blake2b(key=secret, digest_size=KEY_BYTES)
+        self._known: dict[bytes, bytes] = {}
+        self._left = _KNOWN_BYTES
+
+    def of(self, values: Sequence[bytes]) -> list[bytes]:
+        """The hash of each value."""
+        known = self._known.get
+        found = list(map(known, values))
+        if None in found:
+            fresh: dict[bytes, bytes] = {}
+            begun = self._begun.copy
+            for value in {value for value, digest in zip(values, found, strict=True) if digest is None}:
+                row = begun()
+                row.update(value)
+                fresh[value] = row.digest()
+            found = [digest or fresh[value] for value, digest in zip(values, found, strict=True)]
+            self._remember(fresh)
+        return cast(list[bytes], found)
+
+    def _remember(self, fresh: dict[bytes, bytes]) -> None:
+        size = sum(map(len, fresh)) + _KNOWN_OVERHEAD * len(fresh)
+        if size > _KNOWN_BYTES // 2:
+            return
+        if size > self._left:
+            # Those that come often do not feel it.
+            self._known = {}
+            self._left = _KNOWN_BYTES
+        self._left -= size
+        self._known |= fresh
 
 
 @dataclass(frozen=True, slots=True)
@@ -414,6 +445,37 @@ def _stamp_us(file: LogFile) -> int:
 
 def _named(indices: npt.NDArray[np.int32], names: Sequence[str]) -> pa.DictionaryArray:
     return pa.DictionaryArray.from_arrays(pa.array(indices), pa.array(names, pa.string()))
+
+
+def _lists(rows: Sequence[Sequence[bytes] | None], hidden: _Hidden | None) -> Any:
+    """A list of values for each row, as they are or their hashes."""
+    there = [row for row in rows if row is not None]
+    values = list(chain.from_iterable(there))
+    if hidden is not None:
+        values = hidden.of(values)
+    if len(there) == len(rows):
+        return pa.ListArray.from_arrays(_offsets(map(len, there), len(there)), _binaries(values))
+    lengths = (0 if row is None else len(row) for row in rows)
+    missing = np.fromiter((row is None for row in rows), np.bool_, len(rows))
+    return pa.ListArray.from_arrays(_offsets(lengths, len(rows)), _binaries(values), mask=pa.array(missing))
+
+
+def _binaries(values: Sequence[bytes | None]) -> Any:
+    """Values of any length; None is null."""
+    if None in values:
+        return pa.array(values, pa.binary())
+    whole = cast(Sequence[bytes], values)
+    data = b"".join(whole)
+    if len(data) >= 2**31:
+        raise pa.ArrowCapacityError(f"{len(data)} bytes in one column")
+    offsets = _offsets(map(len, whole), len(whole))
+    return pa.Array.from_buffers(pa.binary(), len(whole), [None, offsets.buffers()[1], pa.py_buffer(data)])
+
+
+def _offsets(lengths: Iterable[int], count: int) -> Any:
+    ends = np.zeros(count + 1, np.int32)
+    np.cumsum(np.fromiter(lengths, np.int32, count), out=ends[1:])
+    return pa.array(ends)
 
 
 def _fixed(matrix: npt.NDArray[np.uint8], valid: npt.NDArray[np.bool_]) -> Any:

@@ -3,18 +3,19 @@
 One recorder belongs to one served version in one front. The event loop's thread adds, one background thread
 drains; nothing is locked. A row is six items in a flat list, so that a full ring gives the garbage collector
 no objects to walk: ``key, where, seconds, raws, record, time``. For `REFUSED` the code stands in place of raws.
-Rows that are answered together, and of which only the key is wanted, are noted together, as lists.
+Rows that are answered together are noted together, as lists that are kept as they are: what is in them is looked at
+when they are taken out.
 """
 
 from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, repeat
 from time import time
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 
@@ -85,7 +86,7 @@ class Recorder:
         self.keys: list[bytes] = []
         self.note_key: Callable[[bytes], None] | None = self.keys.append if keys_only else None
         """Where only keys are wanted (the profile, no log) this is all that a row costs: call it in place of `note`."""
-        self._turns: list[tuple[int, float, list[bytes], list[float]]] = []
+        self._turns: list[_Turn] = []
         # Rows in `_turns` so far; each number is written by one thread only.
         self._noted = self._drained = 0
         self._late: list[Any] = []
@@ -114,13 +115,32 @@ class Recorder:
             self.waiting += size
         rows += (key, where, seconds, raws, record, time())
 
-    def note_turn(self, where: int, keys: list[bytes], seconds: list[float]) -> None:
-        """Rows that were answered at about the same moment: their keys, and how long each took. The lists are kept."""
-        if len(self.rows) + WIDTH * (self._noted - self._drained + len(keys)) > self.limit:
-            self.dropped += len(keys)
-        else:
-            self._turns.append((where, time(), keys, seconds))
-            self._noted += len(keys)
+    def note_turn(
+        self,
+        where: int,
+        keys: list[bytes],
+        seconds: list[float],
+        raws: Sequence[Sequence[bytes]] | None = None,
+        records: Sequence[bytes] | None = None,
+    ) -> None:
+        """Rows that were answered at about the same moment: their keys, and how long each took. The lists are kept.
+
+        ``raws`` and ``records`` are as for `note`, one for each row, where they are wanted; all rows are of one size.
+        """
+        count = len(keys)
+        if len(self.rows) + WIDTH * (self._noted - self._drained + count) > self.limit:
+            self.dropped += count
+            return
+        if raws is not None or records is not None:
+            size = sum(map(len, raws[0])) if raws else 0
+            if records:
+                size += len(records[0])
+            if self.waiting + size * count > self.bytes_limit:
+                self.dropped += count
+                return
+            self.waiting += size * count
+        self._turns.append((where, time(), keys, seconds, raws, records))
+        self._noted += count
 
     @property
     def backlog(self) -> int:
@@ -174,20 +194,27 @@ class Recorder:
         keys, where, seconds, extras, records, times = (
             late[column::WIDTH] + taken[column:end:WIDTH] for column in range(WIDTH)
         )
-        one_by_one = len(keys)
         places, moments = bytes(where), array("d", times)
         if turns:
-            some_places, some_moments, some_keys, some_seconds = zip(*turns, strict=True)
+            some_places, some_moments, some_keys, some_seconds, some_raws, some_records = zip(*turns, strict=True)
             counts = [len(some) for some in some_keys]
             keys += chain.from_iterable(some_keys)
             seconds += chain.from_iterable(some_seconds)
+            extras += chain.from_iterable(map(_or_none, some_raws, counts))
+            records += chain.from_iterable(map(_or_none, some_records, counts))
             places += np.repeat(np.array(some_places, np.uint8), counts).tobytes()
             moments.frombytes(np.repeat(np.array(some_moments), counts).tobytes())
-        together = len(keys) - one_by_one
-        self._drained += together
-        extras += [None] * together
-        records += [None] * together
+            self._drained += sum(counts)
         return Rows(keys, b"".join(keys), places, _floats(seconds), extras, records, moments)
+
+
+_Turn: TypeAlias = tuple[
+    int, float, list[bytes], list[float], Sequence[Sequence[bytes]] | None, Sequence[bytes] | None
+]
+
+
+def _or_none(column: Sequence[Any] | None, count: int) -> Iterable[Any]:
+    return repeat(None, count) if column is None else column
 
 
 def _floats(values: list[float]) -> array[float]:

@@ -43,8 +43,15 @@ class Recorder(Protocol):
     ) -> None:
         """A row was answered: ``where`` is a code of `parbake.contract.where`, ``seconds`` the time in the server."""
 
-    def note_turn(self, where: int, keys: list[bytes], seconds: list[float]) -> None:
-        """Rows that were answered at about the same moment, where neither inputs nor outputs are wanted."""
+    def note_turn(
+        self,
+        where: int,
+        keys: list[bytes],
+        seconds: list[float],
+        raws: Sequence[Sequence[bytes]] | None = None,
+        records: Sequence[bytes] | None = None,
+    ) -> None:
+        """Rows of one size that were answered at about the same moment; what is given is kept and not to be changed."""
 
     def refused(self, code: str, seconds: float, key: bytes = b"") -> None:
         """A request was answered with an error."""

@@ -73,6 +73,27 @@ def test_rows_noted_together_come_out_as_rows() -> None:
     assert ring.backlog == 0
 
 
+def test_rows_noted_together_keep_their_inputs_and_outputs() -> None:
+    ring = recorder()
+    ring.note(KEY, HEAD, 0.5, [b"first"], b"one")
+    ring.note_turn(MODEL, [KEY, KEY], [0.25, 0.125], [(b"in",), (b"IN",)], [b"out", b"OUT"])
+    ring.note_turn(MODEL, [KEY, KEY], [0.25, 0.125], None, [b"yes", b"YES"])
+    ring.note_turn(TABLE, [KEY], [1.0])
+    rows = ring.drain()
+    assert rows is not None
+    assert rows.extras == [[b"first"], (b"in",), (b"IN",), None, None, None]
+    assert rows.records == [b"one", b"out", b"OUT", b"yes", b"YES", None]
+
+
+def test_large_rows_noted_together_fill_the_ring_by_their_bytes() -> None:
+    ring = recorder(bytes_limit=1000)
+    for _ in range(3):
+        ring.note_turn(MODEL, [KEY, KEY], [0.1, 0.1], [(bytes(150),)] * 2, [bytes(50)] * 2)
+    assert (ring.backlog, ring.dropped, ring.waiting) == (4, 2, 800)
+    assert len(ring.drain() or ()) == 4
+    assert ring.waiting == 0
+
+
 def test_large_inputs_fill_the_ring_by_their_bytes() -> None:
     ring = recorder(bytes_limit=1000)
     for _ in range(5):

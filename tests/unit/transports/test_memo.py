@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from parbake.transports.http.memo import Known, ReplyMemo
 
-KNOWN: Known = (b"k" * 16, b"record", b"reply")
+KNOWN: Known = (b"k" * 16, b"record", b"reply", b"row")
 
 
 def test_a_body_is_kept_when_it_comes_the_second_time() -> None:

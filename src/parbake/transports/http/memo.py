@@ -7,11 +7,12 @@ from typing import Final, TypeAlias
 _LIMIT_BYTES: Final = 32 * 1024 * 1024
 _ENTRY_BYTES: Final = 4096
 _OVERHEAD_BYTES: Final = 400
-"""What an entry takes besides its bytes: four objects, a tuple, and a place in a dict."""
+"""What an entry takes besides its bytes: five objects, a tuple, and a place in a dict."""
 _MARKS: Final = 1 << 17
 
-Known: TypeAlias = tuple[bytes, bytes, bytes]
-"""Key, record and reply: the same body has the same key, and the same record the same reply."""
+Known: TypeAlias = tuple[bytes, bytes, bytes, bytes]
+"""Key, record, reply, and the row where a log wants it: the same body has the same key, and the same record the
+same reply."""
 
 
 class ReplyMemo:
@@ -46,7 +47,7 @@ class ReplyMemo:
         if self._marks[place] != mark:
             self._marks[place] = mark
             return
-        size = len(body) + len(known[0]) + len(known[1]) + len(known[2]) + _OVERHEAD_BYTES
+        size = len(body) + sum(map(len, known)) + _OVERHEAD_BYTES
         if size > _ENTRY_BYTES:
             return
         if size > self._left:

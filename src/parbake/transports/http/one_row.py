@@ -53,24 +53,18 @@ class OneRowEndpoint(PredictionEndpoint):
         self._recorder = served.recorder
         self._note_key = served.recorder.note_key if served.recorder is not None else None
         self._logs = served.recorder is not None and self._note_key is None
-        self._noting_turns = (
-            self._logs
-            and served.recorder is not None
-            and not (served.recorder.wants_inputs or served.recorder.wants_outputs)
-        )
-        """Whether rows that are answered together are noted together."""
         self._baked_in = (
             None if served.head is not None and served.table is not None else served.where_baked(b"")
         )
         """Where all baked rows are answered; None where there are two places."""
         self._keeps_inputs = served.recorder is not None and served.recorder.wants_inputs
+        self._keeps_outputs = served.recorder is not None and served.recorder.wants_outputs
         self._batcher = served.batcher if served.mode != "static" else None
         self._memo = memo
         self._replies = memo.shelf()
         """Of bodies that the table answered."""
-        self._rereads = self._get is not None and not self._keeps_inputs
-        self._baked: list[tuple[Exchange, bytes, float, bytes, bytes]] = []
-        """Replies of this turn of the loop, when their requests had been read, keys and records."""
+        self._baked: list[tuple[Exchange, bytes, float, bytes, bytes, bytes]] = []
+        """Replies of this turn of the loop, when their requests had been read, keys, records and rows."""
         self._shapes = (served.contract.inputs[0].shape,)
 
     def forget(self) -> None:
@@ -87,13 +81,13 @@ class OneRowEndpoint(PredictionEndpoint):
             return
         body = exchange.body
         get = self._get
-        if self._rereads and get is not None:
+        if get is not None:
             known = self._replies.get(body)
             if known is not None:
                 # The table is asked every time; only reading the body and writing the reply are spared.
-                key, baked, reply = known
+                key, baked, reply, raw = known
                 if get(key) == baked:
-                    self._answer(exchange, reply, perf_counter(), key, baked)
+                    self._answer(exchange, reply, perf_counter(), key, baked, raw)
                     return
         row = self._read_row(body)
         if row is None:
@@ -107,11 +101,10 @@ class OneRowEndpoint(PredictionEndpoint):
             record = get(key)
             if record is not None:
                 reply = self._write_row(record, request_id)
-                if self._keeps_inputs:
-                    self._note(exchange, key, self._served.where_baked(key), (raw,), record)
-                self._answer(exchange, reply, parsed, key, record)
-                if not request_id and self._rereads:
-                    self._memo.offer(self._replies, body, (key, record, reply))
+                self._answer(exchange, reply, parsed, key, record, raw)
+                if not request_id:
+                    kept = raw if self._keeps_inputs else b""
+                    self._memo.offer(self._replies, body, (key, record, reply, kept))
                 return
         self._compute(exchange, raw, key, parsed, request_id, b"")
 
@@ -137,9 +130,7 @@ class OneRowEndpoint(PredictionEndpoint):
             record = self._get(key)
             if record is not None:
                 reply = start + record if start else self._write_row(record, request_id)
-                if self._keeps_inputs:
-                    self._note(exchange, key, self._served.where_baked(key), (raw,), record)
-                self._answer(exchange, reply, parsed, key, record)
+                self._answer(exchange, reply, parsed, key, record, raw)
                 return
         self._compute(exchange, raw, key, parsed, request_id, start)
 
@@ -192,13 +183,15 @@ class OneRowEndpoint(PredictionEndpoint):
                 record if recorder.wants_outputs else None,
             )
 
-    def _answer(self, exchange: Exchange, reply: bytes, parsed: float, key: bytes, record: bytes) -> None:
+    def _answer(
+        self, exchange: Exchange, reply: bytes, parsed: float, key: bytes, record: bytes, raw: bytes
+    ) -> None:
         """Send a reply from the table, in a row with the others of this turn of the loop.
 
         Writes in a row find the client awake; to wake it for each of them costs more than the answers do.
         """
         baked = self._baked
-        baked.append((exchange, reply, parsed, key, record))
+        baked.append((exchange, reply, parsed, key, record, raw))
         if len(baked) >= _IN_A_ROW or exchange.protocol.alone:
             self._send_baked()
         elif len(baked) == 1:
@@ -209,9 +202,8 @@ class OneRowEndpoint(PredictionEndpoint):
         answered = self._log
         begin = len(answered)
         note_key = self._note_key
-        each = self._logs and not self._noting_turns and not self._keeps_inputs
         gone: list[Exchange] = []
-        for exchange, reply, parsed, key, record in baked:
+        for exchange, reply, parsed, key, _, _ in baked:
             try:
                 exchange.protocol.send(exchange, reply)
             except Exception:
@@ -225,24 +217,36 @@ class OneRowEndpoint(PredictionEndpoint):
             answered += (parsed - arrived, 0.0, 0.0, total_s, 1, 1)
             if note_key is not None:
                 note_key(key)
-            elif each:
-                self._note(exchange, key, self._served.where_baked(key), (), record)
-        if self._noting_turns and self._recorder is not None:
+        if self._logs and self._recorder is not None:
             if gone:
                 baked = [item for item in baked if item[0] not in gone]
             # The times of all are in what was just counted.
-            self._note_baked(self._recorder, [item[3] for item in baked], answered[begin + 3 :: 6])
+            self._note_baked(self._recorder, baked, answered[begin + 3 :: 6])
         if len(answered) >= FOLD_AT:
             self._settle()
 
-    def _note_baked(self, recorder: Recorder, keys: list[bytes], seconds: list[float]) -> None:
+    def _note_baked(
+        self,
+        recorder: Recorder,
+        baked: list[tuple[Exchange, bytes, float, bytes, bytes, bytes]],
+        seconds: list[float],
+    ) -> None:
+        keys = [item[3] for item in baked]
+        records = [item[4] for item in baked] if self._keeps_outputs else None
+        raws = [(item[5],) for item in baked] if self._keeps_inputs else None
         if self._baked_in is not None:
-            recorder.note_turn(self._baked_in, keys, seconds)
+            recorder.note_turn(self._baked_in, keys, seconds, raws, records)
             return
         places = [self._served.where_baked(key) for key in keys]
         for place in set(places):
             here = [at for at, other in enumerate(places) if other == place]
-            recorder.note_turn(place, [keys[at] for at in here], [seconds[at] for at in here])
+            recorder.note_turn(
+                place,
+                [keys[at] for at in here],
+                [seconds[at] for at in here],
+                None if raws is None else [raws[at] for at in here],
+                None if records is None else [records[at] for at in here],
+            )
 
     def _all_done(self, jobs: Sequence[Job], outcome: Outcome) -> None:
         """The model has answered a batch of such rows."""
@@ -263,18 +267,16 @@ class OneRowEndpoint(PredictionEndpoint):
         model_s = outcome.seconds
         log = self._log
         rows = cast("Sequence[_Row]", jobs)  # only rows have this callback
-        turn = self._noting_turns
-        if self._flights is not None or (self._logs and not turn):
+        records: list[bytes] | None = None
+        if self._flights is not None:
             columns = [_rows_of(raw, len(jobs)) for raw in outcome.raws]
+            records = []
             for job, *out_raws in zip(rows, *columns, strict=True):
                 job.out_raws, job.out_shapes = out_raws, outcome.shapes
                 job.model_s = model_s
-                record = self._served.landed(job)
-                if not turn:
-                    self._note(job.exchange, job.key or key_of(job.raws[0]), MODEL, job.raws, record)
-        elif self._note_key is not None:
-            for job in rows:
-                self._note_key(key_of(job.raws[0]))
+                records.append(self._served.landed(job))
+        elif self._keeps_outputs:
+            records = _records_of(outcome, len(jobs))
         seconds: list[float] = []
         for job, reply in zip(rows, replies, strict=True):
             exchange = job.exchange
@@ -283,8 +285,17 @@ class OneRowEndpoint(PredictionEndpoint):
             total_s = perf_counter() - arrived
             seconds.append(total_s)
             log += (job.queued - arrived, job.queue_s, model_s, total_s, 1, 0)
-        if turn and self._recorder is not None:
-            self._recorder.note_turn(MODEL, [job.key or key_of(job.raws[0]) for job in rows], seconds)
+        if self._note_key is not None:
+            for job in rows:
+                self._note_key(job.key or key_of(job.raws[0]))
+        elif self._recorder is not None:
+            self._recorder.note_turn(
+                MODEL,
+                [job.key or key_of(job.raws[0]) for job in rows],
+                seconds,
+                [job.raws for job in rows] if self._keeps_inputs else None,
+                records if self._keeps_outputs else None,
+            )
         self._settle()
 
     def _done(self, job: _Row) -> None:
