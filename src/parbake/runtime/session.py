@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from typing import Any
+from contextlib import suppress
+from time import perf_counter
+from typing import Any, Final
 
 import numpy as np
 
@@ -14,7 +16,10 @@ from parbake.contract.datatypes import INTEGERS, NUMPY
 from parbake.contract.model import Batch, TensorSpec
 from parbake.contract.tensors import Tensor, Tensors, from_raw, to_raw
 from parbake.errors import GoldensDiffer, ModelFailed
-from parbake.runtime.steps import OnnxStep, StepRunner, open_step
+from parbake.runtime.steps import BoundRow, OnnxStep, StepRunner, open_step
+
+_BOUND_S: Final = 0.001
+"""A call that takes longer has nothing to gain by it."""
 
 
 class Session:
@@ -48,6 +53,9 @@ class Session:
         self._least = self._batch.invariant_from or 1
         self._multiple = max(1, self._batch.multiple_of)
         self._plain = self._plain_step()
+        self._bound: BoundRow | None = None
+        """The way of single rows, once it has been tried and gave the same bits."""
+        self._to_bind = all(spec.fixed and spec.elements for spec in (*self._inputs, *self._outputs))
 
     def _plain_step(self) -> OnnxStep | None:
         """The only step, where a batch of any size goes through it as it stands: for most models it does."""
@@ -71,6 +79,8 @@ class Session:
         other._least = batch.invariant_from or 1
         other._multiple = max(1, batch.multiple_of)
         other._plain = other._plain_step()
+        other._to_bind = self._to_bind or self._bound is not None
+        other._bound = None
         return other
 
     def run(self, inputs: Tensors) -> dict[str, Tensor]:
@@ -105,6 +115,11 @@ class Session:
         """The same on raw bytes: per input its bytes and row shape; gives the same of each output."""
         plain = self._plain
         if plain is not None and rows:
+            if rows == 1 and self._bound is not None:
+                # Where it fails the other way says what is wrong.
+                with suppress(Exception):
+                    return self._bound.run(raws), self._output_shapes
+            started = perf_counter()
             feed = {
                 spec.name: np.frombuffer(raw, NUMPY[spec.datatype]).reshape(rows, *shape)
                 for spec, raw, shape in zip(self._inputs, raws, shapes, strict=True)
@@ -114,7 +129,10 @@ class Session:
                 array.shape == (rows, *spec.shape) and array.dtype == NUMPY[spec.datatype]
                 for spec, array in zip(self._outputs, arrays, strict=True)
             ):
-                return [array.tobytes() for array in arrays], self._output_shapes
+                out = [array.tobytes() for array in arrays]
+                if rows == 1:
+                    self._bind(plain, raws, out, perf_counter() - started)
+                return out, self._output_shapes
             # The long way says what is wrong, or puts it right.
         inputs = {
             spec.name: from_raw(raw, spec.datatype, (rows, *shape))
@@ -128,6 +146,15 @@ class Session:
             out_raws.append(to_raw(array, spec.datatype))
             out_shapes.append(tuple(array.shape[1:]))
         return out_raws, out_shapes
+
+    def _bind(self, plain: OnnxStep, raws: Sequence[bytes], out: list[bytes], seconds: float) -> None:
+        """Find the quicker way for single rows, given one with its answer; where it just failed there is none."""
+        to_bind, self._to_bind, self._bound = self._to_bind and seconds < _BOUND_S, False, None
+        if to_bind:
+            with suppress(Exception):
+                bound = plain.bound(self._inputs, self._outputs)
+                if bound.run(raws) == out:
+                    self._bound = bound
 
     def _one(self, row: dict[str, Tensor]) -> dict[str, Tensor]:
         """One row (with its axis) of a model without a free batch dimension."""

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from parbake.contract.bundle import StoredBundle
+from parbake.contract.datatypes import NUMPY
 from parbake.contract.model import Step, TensorSpec
 from parbake.contract.tensors import Tensor, as_text
 from parbake.errors import BundleError, MissingExtra, ModelFailed, NotAllowed, RowRejected
@@ -75,9 +76,43 @@ class OnnxStep:
             raise ModelFailed(f"onnxruntime: {_first_line(error)}") from error
         return values
 
+    def bound(self, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> BoundRow:
+        """A quicker way for single rows, where all sizes are fixed. Raises where onnxruntime has none."""
+        return BoundRow(self._session, inputs, outputs)
+
     def takes(self, inputs: Sequence[str], outputs: Sequence[str]) -> bool:
         """Whether the graph has just these inputs, none of them text, and has these outputs."""
         return not self._texts and self._wanted == set(inputs) and set(outputs) <= set(self._names)
+
+
+class BoundRow:
+    """The way of one row through a graph whose tensors lie where they always lie: nothing is made for a call.
+
+    ``inputs`` and ``outputs`` are of fixed size, and without text. Raises where onnxruntime does not take them.
+    """
+
+    def __init__(self, session: Any, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
+        import onnxruntime as ort
+
+        self._binding = session.io_binding()
+        self._run = session.run_with_iobinding
+        self._kept: list[Any] = []
+        self._inputs = [self._place(spec, self._binding.bind_ortvalue_input, ort) for spec in inputs]
+        self._outputs = [self._place(spec, self._binding.bind_ortvalue_output, ort) for spec in outputs]
+
+    def _place(self, spec: TensorSpec, bind: Callable[[str, Any], None], ort: Any) -> memoryview:
+        array = np.zeros((1, *spec.shape), NUMPY[spec.datatype])
+        value = ort.OrtValue.ortvalue_from_numpy(array)
+        bind(spec.name, value)
+        self._kept += (array, value)
+        return array.reshape(-1).view(np.uint8).data
+
+    def run(self, raws: Sequence[bytes]) -> list[bytes]:
+        """Raw bytes of each output, given those of each input. Raises what onnxruntime does."""
+        for place, raw in zip(self._inputs, raws, strict=True):
+            place[:] = raw
+        self._run(self._binding)
+        return [place.tobytes() for place in self._outputs]
 
 
 class PythonStep:

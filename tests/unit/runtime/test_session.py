@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from onnx import helper
 
 from parbake.contract.bundle import Goldens, StoredBundle, read_bundle, write_bundle
 from parbake.contract.datatypes import NUMPY
@@ -228,6 +229,55 @@ def test_raw_bytes_give_what_tensors_give(tmp_path: Path) -> None:
     assert out_raws == raws
     assert out_shapes == [(3,), (2,), (4,)]
     assert from_raw(out_raws[1], "BYTES", (2, 2)).tolist() == [[b"x", "äöü".encode()], [b"", b"y"]]
+
+
+@given(data=st.data())
+def test_single_rows_as_raw_bytes_have_the_bits_of_tensors(linear: StoredBundle, data: st.DataObject) -> None:
+    """From the second on they go another way through onnxruntime; sizes between must not disturb it."""
+    session, careful = Session(linear), Session(linear)
+    for _ in range(data.draw(st.integers(2, 6))):
+        rows = data.draw(st.sampled_from([1, 1, 1, 2, 5]))
+        values = st.floats(-1e3, 1e3, width=32)
+        x = np.array(data.draw(st.lists(values, min_size=30 * rows, max_size=30 * rows)), np.float32).reshape(
+            rows, 30
+        )
+        raws, shapes = session.run_raw([x.tobytes()], rows, ((30,),))
+        assert raws == [careful.run({"x": x})["y"].tobytes()]
+        assert shapes == [(2,)]
+    other = session.with_batch(Batch(invariant_from=4))
+    x = np.ones((1, 30), np.float32)
+    (padded,), _ = other.run_raw([x.tobytes()], 1, ((30,),))
+    assert padded == other.run({"x": x})["y"].tobytes()
+
+
+def test_a_row_that_the_graph_refuses_leaves_nothing_to_the_next(tmp_path: Path) -> None:
+    graph = models.model(
+        [helper.make_node("Gather", ["table", "x"], ["y"])],
+        [models.tensor("x", models.INT64, ("N", 1))],
+        [models.tensor("y", models.FLOAT, ("N", 1))],
+        {"table": np.array([10, 20, 30], np.float32)},
+    )
+    contract = Contract(
+        name="gather", inputs=(TensorSpec("x", "INT64", (1,)),), outputs=(TensorSpec("y", "FP32", (1,)),),
+        steps=(Step("onnx", "model.onnx"),), purpose="test", owner="test",
+    )  # fmt: skip
+    goldens = Goldens({"x": np.empty((0, 1), np.int64)}, {"y": np.empty((0, 1), np.float32)})
+    files = {"model.onnx": graph.SerializeToString()}
+    session = Session(write_bundle(tmp_path / "gather.bundle", contract, files, goldens, capture()))
+
+    def ask(number: int) -> float:
+        raws, _ = session.run_raw([np.int64(number).tobytes()], 1, ((1,),))
+        return float(np.frombuffer(raws[0], np.float32)[0])
+
+    assert [ask(0), ask(1)] == [10, 20]
+    assert session._bound is not None
+    with pytest.raises(ModelFailed, match="onnxruntime"):
+        ask(7)
+    assert [ask(2), ask(0)] == [30, 10]
+    assert session._bound is not None
+    with pytest.raises(ValueError, match="reshape"):
+        session.run_raw([bytes(16)], 1, ((1,),))
+    assert ask(1) == 20
 
 
 def test_text_that_is_none_is_the_rows_fault(tmp_path: Path) -> None:
