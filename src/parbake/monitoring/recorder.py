@@ -196,7 +196,9 @@ class Recorder:
         )
         places, moments = bytes(where), array("d", times)
         if turns:
-            some_places, some_moments, some_keys, some_seconds, some_raws, some_records = zip(*turns, strict=True)
+            some_places, some_moments, some_keys, some_seconds, some_raws, some_records = zip(
+                *turns, strict=True
+            )
             counts = [len(some) for some in some_keys]
             keys += chain.from_iterable(some_keys)
             seconds += chain.from_iterable(some_seconds)

@@ -124,6 +124,27 @@ class Call:
             self.refused = error
         return self
 
+    def at_once(self, batcher: Batcher) -> Call:
+        """As `submit`, not at the end of the turn."""
+        if self.rows > 1:
+            return self.submit(batcher)
+        try:
+            batcher.submit_at_once(Job(self.raws, 1, self.shapes, self.deadline, self.results.append, self))
+        except ParbakeError as error:
+            self.refused = error
+        return self
+
+    def arrive(self, batcher: Batcher) -> Call:
+        """As `submit`, with the others of the turn where that is for such a job."""
+        if self.rows > 1:
+            return self.submit(batcher)
+        job = Job(self.raws, 1, self.shapes, self.deadline, self.results.append, self)
+        job.queued = perf_counter()
+        if not batcher.arriving:
+            batcher.expect()
+        batcher.arriving.append(job)
+        return self
+
     @property
     def result(self) -> Job:
         (job,) = self.results
@@ -184,11 +205,19 @@ def test_everybody_gets_exactly_his_own_rows_and_only_the_bad_one_fails(
     coming = list(everybody)
     while coming or not batcher.idle:
         busy = [desk for desk in desks if desk.waiting]
-        actions = ["arrive"] * bool(coming) + ["turn"] * bool(loop.soon) + ["finish"] * bool(busy)
+        actions = (
+            ["submit", "arrive", "at once"] * bool(coming)
+            + ["turn"] * bool(loop.soon)
+            + ["finish"] * bool(busy)
+        )
         assert actions, "somebody waits, and nothing will ever happen"
         match data.draw(st.sampled_from(actions)):
-            case "arrive":
+            case "submit":
                 coming.pop().submit(batcher)
+            case "arrive":
+                coming.pop().arrive(batcher)
+            case "at once":
+                coming.pop().at_once(batcher)
             case "turn":
                 loop.turn()
             case "finish":
@@ -214,10 +243,14 @@ def test_with_backends_that_come_and_go_everybody_is_answered_once(data: st.Data
         busy = [desk for desk in desks if desk.waiting]
         up = [desk for desk in desks if desk.up]
         down = [desk for desk in desks if not desk.up]
-        actions = ["turn"] + ["arrive"] * bool(coming) + ["finish"] * bool(busy)
+        actions = ["turn"] + ["submit", "arrive", "at once"] * bool(coming) + ["finish"] * bool(busy)
         match data.draw(st.sampled_from([*actions, *(["crash"] * bool(up)), *(["return"] * bool(down))])):
-            case "arrive":
+            case "submit":
                 sent.append(coming.pop().submit(batcher))
+            case "arrive":
+                sent.append(coming.pop().arrive(batcher))
+            case "at once":
+                sent.append(coming.pop().at_once(batcher))
             case "turn":
                 loop.turn()
             case "finish":
@@ -325,6 +358,92 @@ def test_requests_of_one_turn_go_together_and_the_first_does_not_wait() -> None:
     assert desk.batches == [3, 4]
     desk.finish()
     for call in together + late:
+        call.check()
+
+
+def test_what_arrives_in_one_turn_goes_together_with_what_was_submitted() -> None:
+    loop, desk = Turns(), Desk()
+    batcher = batcher_of(loop, [desk])
+    together = [row(0).arrive(batcher), row(1).submit(batcher), row(2).arrive(batcher)]
+    assert (batcher.queued_rows, batcher.idle) == (3, False)
+    loop.settle()
+    assert desk.batches == [3]
+    late = [row(i).arrive(batcher) for i in range(4)]
+    loop.turn()
+    desk.finish()
+    loop.turn()
+    assert desk.batches == [3, 4]
+    desk.finish()
+    for call in together + late:
+        call.check()
+
+
+def test_who_is_alone_does_not_wait_for_the_end_of_the_turn() -> None:
+    loop, desk = Turns(), Desk()
+    batcher = batcher_of(loop, [desk])
+    first = row(1.0).at_once(batcher)
+    assert desk.batches == [1]
+    late = row(deadline=perf_counter() - 1).at_once(batcher)
+    second = row(2.0).at_once(batcher)
+    desk.finish()
+    loop.settle()
+    desk.finish()
+    first.check()
+    second.check()
+    assert isinstance(late.refused, Overloaded)
+    desk.crash(batcher)
+    assert isinstance(row().at_once(batcher).refused, RunnerDown)
+
+
+def test_what_arrives_is_refused_for_the_same_reasons() -> None:
+    loop, desk = Turns(), Desk()
+    batcher = batcher_of(loop, [desk], max_queue_rows=2)
+    batcher.cost.observe(1, 1.0)
+    running = row().submit(batcher)
+    loop.turn()
+    hopeless = row(deadline=perf_counter() + 0.5).arrive(batcher)
+    rest = [row().arrive(batcher) for _ in range(3)]
+    loop.turn()
+    assert isinstance(hopeless.result.error, Overloaded)
+    assert "the answer would take about" in hopeless.result.error.message
+    assert batcher.queued_rows == 2
+    assert isinstance(rest[2].result.error, Overloaded)
+    assert "2 rows wait for model 'echo', the limit is 2" in rest[2].result.error.message
+    desk.crash(batcher)
+    down = row().arrive(batcher)
+    loop.turn()
+    assert isinstance(down.result.error, RunnerDown)
+    desk.come_back(batcher)
+    while not batcher.idle:
+        loop.settle()
+        desk.finish()
+    for call in (running, *rest[:2]):
+        call.check()
+
+
+def test_what_arrived_before_the_last_backend_went_waits_for_it_to_come_back() -> None:
+    loop, desk = Turns(), Desk()
+    batcher = batcher_of(loop, [desk])
+    call = row().arrive(batcher)
+    desk.crash(batcher)
+    loop.settle()
+    assert not call.results
+    desk.come_back(batcher)
+    loop.settle()
+    desk.finish()
+    call.check()
+
+
+def test_with_a_delay_what_arrives_waits_for_company() -> None:
+    loop, desk = Turns(), Desk()
+    batcher = batcher_of(loop, [desk], delay_s=0.01)
+    callers = [row(i).arrive(batcher) for i in range(2)]
+    loop.settle()
+    assert desk.batches == []
+    loop.elapse()
+    assert desk.batches == [2]
+    desk.finish()
+    for call in callers:
         call.check()
 
 

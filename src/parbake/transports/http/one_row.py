@@ -149,9 +149,6 @@ class OneRowEndpoint(PredictionEndpoint):
         job.done = self._done
         job.caller = exchange.protocol
         job.exchange = exchange
-        holder = exchange.head.holder
-        if holder is not None:
-            job.belongs(holder.name)
         job.queued = parsed
         if start:
             job.start = start
@@ -160,13 +157,21 @@ class OneRowEndpoint(PredictionEndpoint):
             job.request_id = request_id
         else:
             job.together = self._together
+        holder = exchange.head.holder
         try:
+            if holder is not None:
+                job.belongs(holder.name)
             if self._flights is not None:
                 self._flights.board(key, job)
+            elif not job.plain:
+                batcher.submit(job)
+            elif batcher.arriving:
+                batcher.arriving.append(job)
             elif exchange.protocol.alone:
                 batcher.submit_at_once(job)
             else:
-                batcher.submit(job)
+                batcher.expect()
+                batcher.arriving.append(job)
         except ParbakeError as error:
             self._rescue(exchange, error)
 
