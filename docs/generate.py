@@ -26,7 +26,7 @@ from parbake.contract.model import Contract, Step, TensorSpec
 from parbake.monitoring.model import Estimate, Traffic
 from parbake.serving.service import ServedVersion
 from parbake.serving.stats import BATCH_BOUNDS, BOUNDS_S, Stats
-from parbake.settings import Declared, DeploymentSettings, ServerSettings, declared
+from parbake.settings import Declared, DeploymentSettings, ReleaseSettings, ServerSettings, declared
 from parbake.transports import admin
 from parbake.transports.grpc import replies as grpc
 from parbake.transports.grpc.messages import HEALTH, INFERENCE, pool
@@ -125,7 +125,11 @@ def _settings() -> Iterator[str]:
     yield MADE_BY
     yield "Each setting is a flag of `parbake serve`, an environment variable and a key of `parbake.toml`. A flag"
     yield "wins over the variable, the variable over the file, the file over the default.\n"
-    for title, kind in (("[server]", ServerSettings), ("[[deployments]]", DeploymentSettings)):
+    for title, kind in (
+        ("[server]", ServerSettings),
+        ("[[deployments]]", DeploymentSettings),
+        ("[release]", ReleaseSettings),
+    ):
         yield f"## {title}\n"
         yield f"{_first_paragraph(kind)}\n"
         yield from _table(

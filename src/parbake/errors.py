@@ -12,6 +12,7 @@
     |   |-- Unauthenticated       no API key, or one that is not known
     |   |-- NotAllowed            needs a token or another key, or is switched off
     |   `-- Conflict              not in this state (load of something that was never configured, ...)
+    |       `-- LeaseLost         another controller has taken over
     |-- NotFound
     |   |-- ModelNotFound
     |   |-- VersionNotFound
@@ -23,7 +24,8 @@
     |   |-- RateLimited           this client asks more often than its API key allows
     |   |-- DeadlineExceeded      work was accepted but did not finish in time
     |   |-- RunnerDown            the model's process is being restarted
-    |   `-- NotReady              starting, draining or unloaded
+    |   |-- NotReady              starting, draining or unloaded
+    |   `-- StateAway             the store of releases cannot be reached or written
     |-- ModelFailed               the model raised; details are logged under a correlation id
     |-- BundleError
     |   |-- BundleTorn            a file is missing, cut short or not readable
@@ -37,6 +39,9 @@
     |   |-- TableTorn
     |   |-- TableForeign          lineage names another bundle than the one served
     |   `-- TableTooNew
+    |-- StateError
+    |   |-- StateTorn             the store of releases is damaged
+    |   `-- StateTooNew           a newer parbake has changed its schema
     |-- PackRefused               nothing was written
     |   |-- ParityRefused         source and bundle disagree; has the rows
     |   `-- NotConvertible        no exact conversion is known
@@ -124,6 +129,12 @@ class Conflict(InvalidRequest):
     code = "conflict"
 
 
+class LeaseLost(Conflict):
+    """Another controller has the lease now; nothing was written."""
+
+    code = "lease_lost"
+
+
 class NotFound(ParbakeError):
     """Something named does not exist."""
 
@@ -206,6 +217,12 @@ class NotReady(Unavailable):
     code = "not_ready"
 
 
+class StateAway(Unavailable):
+    """The store of releases cannot be reached or written; what serves goes on serving."""
+
+    code = "state_away"
+
+
 class ModelFailed(ParbakeError):
     """The model raised. What it said is in the log, under the correlation id."""
 
@@ -282,6 +299,24 @@ class TableTooNew(TableError):
     """Written in a format newer than this parbake knows."""
 
     code = "table_too_new"
+
+
+class StateError(ParbakeError):
+    """The store of releases cannot be used."""
+
+    code = "state_error"
+
+
+class StateTorn(StateError):
+    """The store of releases is damaged."""
+
+    code = "state_torn"
+
+
+class StateTooNew(StateError):
+    """The store has a schema newer than this parbake knows."""
+
+    code = "state_too_new"
 
 
 class PackRefused(ParbakeError):

@@ -141,6 +141,9 @@ class ServerSettings(Struct, frozen=True, forbid_unknown_fields=True):
     runner_user: Annotated[
         str, Option("User that models' processes run as, where the server runs as root.", "USER")
     ] = ""
+    state_dir: Annotated[
+        str, Option("Folder of what the server keeps; without it .parbake in the working directory.", "DIR")
+    ] = ""
     allow_pickle: Annotated[bool, Option("Load bundles that hold a pickle (it can run any code).")] = False
     allow_mismatch: Annotated[
         bool, Option("Serve bundles whose required libraries have other versions here.")
@@ -187,6 +190,19 @@ class ServerSettings(Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError(f"{given} is given without {missing}")
         if self.tls_client_ca and not self.tls_cert:
             raise ValueError("tls_client_ca is given without tls_cert and tls_key")
+
+
+class ReleaseSettings(Struct, frozen=True, forbid_unknown_fields=True):
+    """How new versions are released: ``[release]`` in parbake.toml."""
+
+    store: Annotated[
+        str,
+        Option(
+            "Store of releases and their history: sqlite:///PATH or postgresql://USER@HOST/DATABASE; without it "
+            "SQLite in the state directory.",
+            "URL",
+        ),
+    ] = ""
 
 
 DEFAULT_ANSWER: Final = "default"
@@ -290,9 +306,13 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True):
 
     server: ServerSettings = ServerSettings()
     deployments: tuple[DeploymentSettings, ...] = ()
+    release: ReleaseSettings = ReleaseSettings()
 
 
-_PATHS: Final = ("tls_cert", "tls_key", "tls_client_ca", "api_keys", "trusted_keys", "prediction_log")
+_SQLITE: Final = "sqlite:///"
+_PATHS: Final = (
+    "tls_cert", "tls_key", "tls_client_ca", "api_keys", "trusted_keys", "prediction_log", "state_dir",
+)  # fmt: skip
 """Settings of the server that are paths."""
 
 
@@ -308,6 +328,10 @@ def read_settings(path: Path) -> Settings:
     for deployment in deployments if isinstance(deployments, list) else []:
         _from_folder(path.parent, deployment, ("bundle", "table"))
     _from_folder(path.parent, content.get("server"), _PATHS)
+    release = content.get("release")
+    if isinstance(release, dict) and str(release.get("store")).startswith(_SQLITE):
+        file = release["store"].removeprefix(_SQLITE)
+        release["store"] = f"{_SQLITE}{path.parent.absolute() / file}"
     try:
         return msgspec.convert(content, Settings)
     except msgspec.ValidationError as error:

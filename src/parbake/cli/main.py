@@ -27,6 +27,7 @@ COMMANDS: Final = {
     "status": ("parbake.cli.status", "Show what a running server serves."),
     "mode": ("parbake.cli.mode", "Change how a deployment answers, while it serves."),
     "advise": ("parbake.cli.advise", "Say which way of serving is right, and what each would cost."),
+    "history": ("parbake.cli.history", "Show who released what when, and why."),
     "keys": ("parbake.cli.keys", "Make, list and remove the API keys of a server's clients."),
     "completion": (
         "parbake.cli.completion",

@@ -14,6 +14,7 @@ from parbake.errors import NotFound, SettingsError, TableForeign
 from parbake.settings import (
     CONFIG_FILE,
     DeploymentSettings,
+    ReleaseSettings,
     ServerSettings,
     Settings,
     override,
@@ -31,6 +32,7 @@ from parbake.settings import (
 )
 @settings_options(DeploymentSettings, multiple=["table"])
 @settings_options(ServerSettings)
+@settings_options(ReleaseSettings)
 @click.pass_context
 def command(ctx: click.Context, /, bundles: tuple[Path, ...], config: Path | None, **values: Any) -> None:
     """Serve bundles over HTTP and gRPC.
@@ -65,6 +67,7 @@ def build(bundles: Sequence[Path], config: Path | None, values: Mapping[str, Any
     return Settings(
         server=override(base.server, given(ServerSettings, values)),
         deployments=_with_tables(deployments, values.get("table") or ()),
+        release=override(base.release, given(ReleaseSettings, values)),
     )
 
 

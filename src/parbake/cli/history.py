@@ -1,0 +1,129 @@
+"""`parbake history`: who released what when, why, and what the judge said."""
+
+from __future__ import annotations
+
+import re
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from parbake.cli.options import Command, given, json_option, settings_options
+from parbake.cli.output import emit_json, emit_table, say
+from parbake.errors import NotFound
+from parbake.settings import CONFIG_FILE, ReleaseSettings, ServerSettings, Settings, override, read_settings
+
+if TYPE_CHECKING:
+    from parbake.release.model import Event
+
+_UNITS: Final = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
+
+
+class _Since(click.ParamType[float]):
+    """A moment: how long ago, or a date of ISO 8601 (without a zone: UTC)."""
+
+    name = "since"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Seconds since 1970."""
+        if isinstance(value, float):
+            return value
+        if found := re.fullmatch(r"(\d{1,9})([smhdw])", value):
+            return time.time() - int(found[1]) * _UNITS[found[2]]
+        try:
+            moment = datetime.fromisoformat(value)
+        except ValueError:
+            self.fail(f"{value!r} is neither 90m, 2h, 7d nor a date such as 2026-01-31T08:00", param, ctx)
+        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+
+
+@click.command(cls=Command, short_help="Show who released what when, and why.")
+@click.argument("name", required=False, default="")
+@click.option(
+    "--since",
+    type=_Since(),
+    default=0.0,
+    metavar="WHEN",
+    help="Only what happened since then: 90m, 2h, 7d ago, or a date.  [default: everything]",
+)
+@click.option(
+    "--limit",
+    type=click.IntRange(1),
+    default=1000,
+    metavar="N",
+    help="Most events, the newest.  [default: 1000]",
+)
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path, dir_okay=False),
+    envvar="PARBAKE_CONFIG",
+    help=f"Settings as TOML  [default: {CONFIG_FILE}, if there]",
+)
+@settings_options(ReleaseSettings)
+@click.option(
+    "--state-dir",
+    envvar="PARBAKE_STATE_DIR",
+    metavar="DIR",
+    help="Folder of what the server keeps.  [default: .parbake]",
+)
+@json_option
+def command(name: str, since: float, limit: int, config: Path | None, as_json: bool, **values: Any) -> None:
+    """Show what happened to the deployment NAME, or to all: releases, verdicts, waivers, changed parameters.
+
+    It is read from the store of releases, whether a server runs or not.
+    """
+    from contextlib import closing
+
+    from parbake.app.state import open_state
+
+    with closing(open_state(_settings(config, values), create=False)) as state:
+        events = state.history(name, since=since, limit=limit)
+    if as_json:
+        emit_json(events)
+        return
+    if not events:
+        say(f"nothing happened to {name or 'any deployment'}" + (" since then" if since else ""))
+        return
+    emit_table([_line(event) for event in events], ("when (UTC)", "deployment", "what", "by", "why"))
+
+
+def _settings(config: Path | None, values: dict[str, Any]) -> Settings:
+    if config is not None and not config.is_file():
+        raise NotFound(f"no settings file at {config}")
+    default = Path(CONFIG_FILE)
+    file = config or (default if default.is_file() else None)
+    base = Settings() if file is None else read_settings(file)
+    return Settings(
+        server=override(base.server, given(ServerSettings, values)),
+        deployments=base.deployments,
+        release=override(base.release, given(ReleaseSettings, values)),
+    )
+
+
+def _line(event: Event) -> tuple[str, ...]:
+    when = datetime.fromtimestamp(event.at, UTC).strftime("%Y-%m-%d %H:%M:%S")
+    name = f"{event.deployment}@{event.version}" if event.version else event.deployment or "-"
+    return when, name, _what(event), event.by or "-", " ".join(event.why.split())
+
+
+def _what(event: Event) -> str:
+    details = event.details
+    match event.what:
+        case "release.begun":
+            return f"begun ({details['kind']})"
+        case "release.advanced":
+            return f"step {details['step'] + 1}: {details['share']:.4g} of the traffic"
+        case "waiver":
+            return f"waived {details['check']}"
+        case "parameters":
+            return f"parameters, version {details['version']}"
+        case "settings":
+            return f"settings, revision {details['revision']}"
+        case "lease.taken" | "lease.given_up":
+            return f"{event.what.replace('.', ' ').replace('_', ' ')}: {details['lease']}"
+        case "verdict.roll_back" | "verdict.promote" | "verdict.hold":
+            return f"verdict: {event.what.partition('.')[2].replace('_', ' ')}"
+        case _:
+            return event.what.removeprefix("release.").replace("_", " ")

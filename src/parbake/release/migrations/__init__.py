@@ -1,0 +1,1 @@
+"""The schema of the state store, step by step."""
