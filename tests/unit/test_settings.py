@@ -134,3 +134,19 @@ def test_no_two_settings_share_a_flag() -> None:
         if setting.option is not None
     ]
     assert len(flags) == len(set(flags))
+
+
+def test_the_store_of_a_file_belongs_to_its_folder(tmp_path: Path) -> None:
+    file = tmp_path / "parbake.toml"
+    for given, meant in (
+        ("sqlite:///releases.db", f"sqlite:///{tmp_path}/releases.db"),
+        ("sqlite:////var/lib/releases.db", "sqlite:////var/lib/releases.db"),
+        ("postgresql://ana@db/parbake", "postgresql://ana@db/parbake"),
+    ):
+        file.write_text(f'[server]\nstate_dir = "kept"\n[release]\nstore = "{given}"\n')
+        settings = read_settings(file)
+        assert settings.release.store == meant
+        assert settings.server.state_dir == str(tmp_path / "kept")
+    file.write_text("[release]\nstore = 5\n")
+    with pytest.raises(SettingsError, match=r"Expected `str`, got `int` - at `\$.release.store`"):
+        read_settings(file)

@@ -114,7 +114,7 @@ def _what(event: Event) -> str:
         case "release.begun":
             return f"begun ({details['kind']})"
         case "release.advanced":
-            return f"step {details['step'] + 1}: {details['share']:.4g} of the traffic"
+            return f"step {details['step'] + 1}: {details['share'] * 100:.4g} % of the traffic"
         case "waiver":
             return f"waived {details['check']}"
         case "parameters":
