@@ -18,9 +18,12 @@ ROLE = "parbake"
 
 
 class Postgres:
-    """One server. Refuses to run as root, so root gives it to a user that has nothing else."""
+    """One server. Refuses to run as root, so root gives it to a user that has nothing else.
 
-    def __init__(self) -> None:
+    ``synced`` false does not wait for the disk: for tests that do not kill it.
+    """
+
+    def __init__(self, *, synced: bool = True) -> None:
         found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
         initdb = str(found[-1]) if found else shutil.which("initdb")
         if initdb is None:
@@ -33,6 +36,7 @@ class Postgres:
             shutil.chown(self.folder, self._user, pwd.getpwnam(self._user).pw_gid)
         self._data = self.folder / "data"
         self._process: subprocess.Popen[bytes] | None = None
+        self._synced = synced
         self._databases = 0
         self._run("initdb", "-D", str(self._data), "-U", ROLE, "-A", "trust", "-E", "UTF8", "--no-sync")
         self.start()
@@ -44,6 +48,7 @@ class Postgres:
                 [
                     self._programs / "postgres", "-D", self._data, "-k", self.folder,
                     "-c", "listen_addresses=", "-c", "max_connections=60", "-c", "shared_buffers=16MB",
+                    "-c", f"fsync={'on' if self._synced else 'off'}",
                 ],
                 user=self._user,
                 extra_groups=None if self._user is None else [],
@@ -62,7 +67,7 @@ class Postgres:
         raise AssertionError((self.folder / "log").read_text())
 
     def kill(self) -> None:
-        """End it with SIGKILL, and all its processes: what a machine does that loses power."""
+        """End all its processes with SIGKILL, as the kernel does when memory runs out."""
         assert self._process is not None
         children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
         self._process.kill()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ def test_the_history_of_a_deployment_reads_from_top_to_bottom(parbake: Parbake, 
     assert (done.returncode, done.stderr) == (0, "")
     titles, *lines = done.stdout.splitlines()
     assert titles.split("   ")[0] == "when (UTC)"
-    assert [[cell for cell in line[22:].split("   ") if cell] for line in lines] == [
+    assert [re.split(" {3,}", line)[1:] for line in lines] == [
         ["eta@4", "waived environment", "bob", "same wheels, built here"],
         ["eta@4", "begun (canary)", "ana", "fewer late orders"],
         ["eta@4", "step 1: 1 % of the traffic", "controller"],

@@ -25,6 +25,9 @@ WRITE: Final = "parbake_write"
 MIGRATION_LOCK: Final = 0x7061_7262_616B_6501
 _VERSION_TABLE: Final = "schema_version"
 _SQLITE_TORN: Final = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+_POSTGRES_TORN: Final = {"XX001", "XX002"}
+_POSTGRES_BUSY: Final = "55P03"
+_POSTGRES_FULL: Final = "53100"
 
 
 def address_of(url: str) -> URL:
@@ -37,7 +40,9 @@ def address_of(url: str) -> URL:
     if backend == "sqlite":
         if not address.database or address.database == ":memory:" or address.host:
             raise SettingsError("the store has no path of a file", hint=_URL_HINT)
-        return address.set(drivername="sqlite+pysqlite", query={})
+        if address.query:
+            raise SettingsError("the path of a store cannot have a question mark", hint=_URL_HINT)
+        return address.set(drivername="sqlite+pysqlite")
     if backend in ("postgresql", "postgres"):
         return address.set(drivername="postgresql+psycopg")
     raise SettingsError(f"a store cannot be {backend}", hint=_URL_HINT)
@@ -83,6 +88,8 @@ def postgres_engine(address: URL) -> Engine:
     try:
         engine = sa.create_engine(
             address,
+            # The locks of a verb count on seeing what was committed before they were got.
+            isolation_level="READ COMMITTED",
             pool_size=2,
             max_overflow=8,
             pool_timeout=BUSY_S,
@@ -149,21 +156,24 @@ def meant(error: Exception, where: str, *, writing: bool) -> ParbakeError:
     """What an error of the driver means to whoever asked."""
     cause = error.orig if isinstance(error, exc.DBAPIError) and error.orig is not None else error
     words = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+    busy = StateAway(f"the state at {where} is busy: another process holds it for over {BUSY_S:g} s")
     if isinstance(cause, sqlite3.Error):
         code = getattr(cause, "sqlite_errorcode", 0) & 0xFF
         if code in _SQLITE_TORN:
             return torn(where, words)
         if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-            return StateAway(f"the state at {where} is busy: another process holds it for over {BUSY_S:g} s")
+            return busy
         if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
             return StateAway(
                 f"the state at {where} cannot be {'written' if writing else 'read'}: {words}",
                 hint="look for free space on the disk; nothing of what was asked for is kept",
             )
     state = getattr(cause, "sqlstate", None) or ""
-    if state[:2] in ("XX",):
+    if state in _POSTGRES_TORN:
         return torn(where, words)
-    if state == "53100":
+    if state == _POSTGRES_BUSY:
+        return busy
+    if state == _POSTGRES_FULL:
         return StateAway(f"the state at {where} cannot be written: {words}", hint="look for free space there")
     hint = "parbake serves on without it; what was asked for may have been kept: parbake history tells"
     return StateAway(f"the state at {where} does not answer: {words}", hint=hint if writing else "")

@@ -25,6 +25,7 @@ from parbake.errors import (
     LeaseLost,
     NotFound,
     ParbakeError,
+    SettingsError,
     VersionNotFound,
 )
 from parbake.names import NAME_PATTERN
@@ -116,6 +117,12 @@ class Database:
                 return
         with self._writing() as connection:
             if self._clock is None:
+                encoding = connection.execute(sa.text("SHOW server_encoding")).scalar_one()
+                if encoding != "UTF8":
+                    raise SettingsError(
+                        f"the database at {self._where} keeps text as {encoding}",
+                        hint="CREATE DATABASE parbake ENCODING 'UTF8' TEMPLATE template0",
+                    )
                 connection.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
             if revision_of(connection) == VERSION:
                 return

@@ -4,7 +4,9 @@ Each verb is one transaction that also writes its line of the history. A verb th
 with what is stored: where somebody else was faster, it raises `Conflict` and nothing has changed.
 
 All verbs raise `StateAway` where the store cannot be reached or written. Then the verb may have happened or not;
-asked again with the same `Release`, it happens once at most.
+asked again with the same `Release`, revision or version, it happens once at most; only a verdict or a waiver may then
+be there twice. A verb may wait for some seconds, so nobody calls it from an event loop. A store is for the process
+that opened it: its connections do not survive a fork.
 """
 
 from __future__ import annotations

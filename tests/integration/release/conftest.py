@@ -14,7 +14,7 @@ from tests.postgres import Postgres
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Postgres]:
     """A PostgreSQL server for all tests that do not break it."""
-    server = Postgres()
+    server = Postgres(synced=False)
     yield server
     server.close()
 

@@ -10,12 +10,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
 from parbake.cli.main import main
 from parbake.errors import Conflict, LeaseLost, NotFound, StateAway, StateTorn
+from parbake.release.connect import address_of
 from parbake.release.database import Database, open_database
 from parbake.release.model import Proposal
 from tests.postgres import Postgres
@@ -98,6 +101,23 @@ def test_a_writer_that_stands_still_in_a_transaction_is_named(tmp_path: Path) ->
     blocker.execute("ROLLBACK")
     blocker.close()
     assert state.set_parameters("eta", {}, after=0, by="x").version == 1
+    state.close()
+
+
+def test_a_writer_that_stands_still_in_postgres_is_named(postgres: Postgres) -> None:
+    url = postgres.database()
+    state = open_database(url)
+    release = state.begin_release(Proposal("eta", "1", "d"), by="x")
+    blocker = sa.create_engine(address_of(url))
+    with blocker.connect() as connection:
+        connection.exec_driver_sql("SELECT name FROM deployments FOR UPDATE")
+        with pytest.raises(StateAway, match="is busy: another process holds it for over 5 s"):
+            state.advance(release, 0, by="x")
+        other = state.begin_release(Proposal("else", "1", "d"), by="x")
+        assert other.state == "pending"
+        connection.rollback()
+    blocker.dispose()
+    assert state.advance(release, 0, by="x").step == 0
     state.close()
 
 
@@ -247,6 +267,39 @@ def test_a_postgres_that_is_killed_loses_nothing_and_is_found_again(fragile: Pos
     assert state.advance(release, 1, by="ana", fence=lease).step == 1
     with pytest.raises(Conflict):
         state.advance(release, 1, by="ana", fence=lease)
+    state.close()
+
+
+def test_a_controller_goes_on_through_deaths_of_postgres_and_takes_every_step_once(fragile: Postgres) -> None:
+    state = open_database(fragile.database())
+    steps = tuple((number + 1) / 300 for number in range(300))
+    begun = state.begin_release(Proposal("eta", "1", "d", kind="canary", steps=steps), by="ana")
+    away: list[str] = []
+
+    def control() -> None:
+        while True:
+            try:
+                now = state.release(begun.id)
+                if now.step == len(steps) - 1:
+                    return
+                state.advance(now, now.step + 1, by="controller")
+            except StateAway as error:
+                away.append(error.message)
+                time.sleep(0.05)
+
+    with ThreadPoolExecutor(1) as threads:
+        done = threads.submit(control)
+        for _ in range(3):
+            reached = state.release(begun.id).step
+            while state.release(begun.id).step < min(reached + 20, len(steps) - 1):
+                time.sleep(0.01)
+            fragile.kill()
+            fragile.start()
+        done.result(timeout=60)
+    assert away
+    advanced = [event.details["step"] for event in state.history("eta") if event.what == "release.advanced"]
+    assert advanced == list(range(len(steps)))
+    assert state.release(begun.id).revision == len(steps) + 1
     state.close()
 
 
