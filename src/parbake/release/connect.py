@@ -62,11 +62,24 @@ def make_file(path: Path) -> None:
 
 def sqlite_engine(address: URL) -> Engine:
     """Connections to a file: in WAL mode, synced with every commit."""
-    # One connection for each thread at work; a file needs no more, and none is kept over a fork.
-    engine = sa.create_engine(address, poolclass=sa.pool.NullPool, connect_args={"timeout": BUSY_S})
+    path = Path(address.database or "").absolute()
+
+    def connect() -> sqlite3.Connection:
+        # Only `make_file` makes one: a store that is gone must be missed, not begun anew.
+        return sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True, timeout=BUSY_S, check_same_thread=False)
+
+    # Connections are kept: whoever closes the last one writes the whole WAL back into the file.
+    engine = sa.create_engine(address, creator=connect, pool_size=2, max_overflow=8, pool_timeout=BUSY_S)
+
+    @sa.event.listens_for(engine, "checkout")
+    def look(_: Any, record: Any, __: Any) -> None:
+        # SQLite would go on writing to a file that has been removed, and all of it would be lost.
+        if record.info.get("file") != _identity(path):
+            raise exc.DisconnectionError
 
     @sa.event.listens_for(engine, "connect")
-    def set_up(connection: sqlite3.Connection, _: Any) -> None:
+    def set_up(connection: sqlite3.Connection, record: Any) -> None:
+        record.info["file"] = _identity(path)
         # The driver's own transactions begin too late: with the first write.
         connection.isolation_level = None
         connection.execute("PRAGMA journal_mode = WAL")
@@ -81,6 +94,15 @@ def sqlite_engine(address: URL) -> Engine:
         connection.exec_driver_sql("BEGIN IMMEDIATE" if wanted else "BEGIN")
 
     return engine
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Which file is at a path."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def postgres_engine(address: URL) -> Engine:
@@ -163,6 +185,8 @@ def meant(error: Exception, where: str, *, writing: bool) -> ParbakeError:
             return torn(where, words)
         if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             return busy
+        if code == sqlite3.SQLITE_CANTOPEN:
+            return StateAway(f"the state at {where} cannot be opened: is the file there, and may it be read?")
         if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
             return StateAway(
                 f"the state at {where} cannot be {'written' if writing else 'read'}: {words}",

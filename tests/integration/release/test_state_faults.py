@@ -194,6 +194,26 @@ def test_a_torn_file_is_said_to_be_torn_when_it_is_opened(tmp_path: Path, how: s
     assert path.read_bytes() == bytes(raw)
 
 
+def test_a_file_that_is_removed_is_missed_and_its_copy_is_taken_up(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    state = open_database(f"sqlite:///{path}")
+    state.set_parameters("eta", {"a": 1}, after=0, by="x")
+    copy = sqlite3.connect(tmp_path / "copy.db")
+    source = sqlite3.connect(path)
+    source.backup(copy)
+    source.close()
+    copy.close()
+    for file in tmp_path.glob("state.db*"):
+        file.unlink()
+    for _ in range(2):
+        with pytest.raises(StateAway, match="cannot be opened: is the file there"):
+            state.set_parameters("eta", {"a": 2}, after=1, by="x")
+    assert not path.exists()
+    (tmp_path / "copy.db").rename(path)
+    assert state.set_parameters("eta", {"a": 2}, after=1, by="x").version == 2
+    state.close()
+
+
 def test_a_folder_where_nothing_can_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StateAway, match="cannot be opened"):
