@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar, get_args, get_origin, get_type_hints
+from urllib.parse import quote
 
 import msgspec
 from msgspec import Struct
@@ -331,7 +332,7 @@ def read_settings(path: Path) -> Settings:
     release = content.get("release")
     if isinstance(release, dict) and str(release.get("store")).startswith(_SQLITE):
         file = release["store"].removeprefix(_SQLITE)
-        release["store"] = f"{_SQLITE}{path.parent.absolute() / file}"
+        release["store"] = f"{_SQLITE}{Path(quote(str(path.parent.absolute()))) / file}"
     try:
         return msgspec.convert(content, Settings)
     except msgspec.ValidationError as error:

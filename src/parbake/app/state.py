@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
+from urllib.parse import quote
 
 from parbake.errors import MissingExtra
 from parbake.settings import Settings
@@ -24,7 +25,7 @@ def state_dir(settings: Settings) -> Path:
 
 def store_url(settings: Settings) -> str:
     """Where the store of releases is: as set, else SQLite in the state directory."""
-    return settings.release.store or f"sqlite:///{state_dir(settings).absolute() / STATE_FILE}"
+    return settings.release.store or f"sqlite:///{quote(str(state_dir(settings).absolute() / STATE_FILE))}"
 
 
 def open_state(settings: Settings, *, create: bool = True) -> State:

@@ -24,11 +24,13 @@ def test_the_store_is_a_file_in_the_state_directory_unless_it_is_named(
     assert store_url(named) == "postgresql://db/parbake"
 
 
-def test_a_store_opened_by_its_settings_is_kept(tmp_path: Path) -> None:
-    settings = Settings(server=ServerSettings(state_dir=str(tmp_path / "kept")))
+@pytest.mark.parametrize("name", ["kept", "a b%20c?d=#e;ü"])
+def test_a_store_opened_by_its_settings_is_kept(tmp_path: Path, name: str) -> None:
+    settings = Settings(server=ServerSettings(state_dir=str(tmp_path / name)))
     state = open_state(settings)
     state.set_parameters("eta", {"a": 1}, after=0, by="ana")
     state.close()
+    assert (tmp_path / name / "state.db").is_file()
     state = open_state(settings, create=False)
     assert state.parameters("eta").values == {"a": 1}
     state.close()
