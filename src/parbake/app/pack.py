@@ -89,6 +89,8 @@ def pack(
     default: Mapping[str, Any] | None = None,
     deadline_ms: float | None = None,
     freshness_s: float | None = None,
+    training_data: str = "",
+    run: str = "",
     batch: Dimension | None = None,
     rounding: Mapping[str, int] | None = None,
     allow_nan: bool | Collection[str] | None = None,
@@ -117,6 +119,8 @@ def pack(
         default: answer of static mode for an unknown key, by output.
         deadline_ms: time within which callers need the answer, in milliseconds, where a deployment sets no other.
         freshness_s: age at which a baked prediction is no longer used, in seconds.
+        training_data: what the model was trained on, in words.
+        run: which run trained it.
         batch: overrules the batch dimension that was found.
         rounding: decimals by column, applied before the key and before the model.
         allow_nan: whether missing values are accepted: all inputs, those named, or (None) those in
@@ -165,6 +169,8 @@ def pack(
             default=_default(default, source.outputs),
             deadline_ms=deadline_ms,
             freshness_s=freshness_s,
+            training_data=training_data.strip(),
+            run=run.strip(),
         )
         Keys(contract)
         source = _rounded(source, contract)

@@ -82,6 +82,7 @@ from parbake.settings import (
 
 if TYPE_CHECKING:
     from parbake.app.auto import Pilot
+    from parbake.app.inventory import ServerInventory
     from parbake.app.traffic import TrafficReport
 
 _T = TypeVar("_T")
@@ -166,6 +167,8 @@ class VersionStatus(Struct, frozen=True):
     loads: int = 0
     evictions: int = 0
     """Of those, how often it was put away again for want of memory."""
+    last_request: float = 0.0
+    """Unix time of the last request since the start; 0 for none."""
 
 
 class Status(Struct, frozen=True):
@@ -1107,6 +1110,7 @@ class Supervisor:
                     model.last_used if model is not None else 0.0,
                     model.loads if model is not None else 0,
                     model.evictions if model is not None else 0,
+                    mine.counts.last_ms / 1000 if mine else 0.0,
                 )
             )
         return Status(
@@ -1121,6 +1125,14 @@ class Supervisor:
             self._rooms.budget,
             self._rooms.pids,
         )
+
+    async def inventory(self) -> ServerInventory:
+        """What is served or could be, on what."""
+        from parbake.app.inventory import of_server
+
+        status = self.status(await self.counts())
+        unloaded = [(target.name, target.bundle) for target in self._targets if not target.loaded]
+        return await asyncio.to_thread(of_server, status, dict(self._bundles), unloaded)
 
     async def _poll_counts(self) -> None:
         """Ask now and then, so that the counts of a front that dies are not lost with it."""

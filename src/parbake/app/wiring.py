@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from parbake.errors import SettingsError
+from parbake.errors import ParbakeError, SettingsError
 from parbake.monitoring.model import LogOptions
 from parbake.monitoring.service import Monitor
 from parbake.serving.ports import PredictionTable
@@ -14,6 +16,9 @@ from parbake.settings import ServerSettings
 from parbake.tables import lmdb
 from parbake.tables.lease import Lease, take_lease
 from parbake.tables.model import DATA
+
+if TYPE_CHECKING:
+    from parbake.release.gate import Baked
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +46,18 @@ def table_facts(path: Path) -> TableFacts:
     """Which table is published at a path, and when it was baked. Raises `TableTorn` or `TableTooNew`."""
     lineage = lmdb.read_lineage(path)
     return TableFacts(lineage.digest, datetime.fromisoformat(lineage.created).timestamp())
+
+
+def baked_table(path: Path) -> Baked:
+    """What the gate asks of a published table: whose it is, and that its data are what was baked."""
+    from parbake.release.gate import Baked
+
+    try:
+        lineage = lmdb.read_lineage(path)
+        with closing(open_table(path, bundle_digest=lineage.bundle_digest, verify=True)) as table:
+            return Baked(str(path), table.rows, lineage.bundle_digest)
+    except ParbakeError as error:
+        return Baked(str(path), 0, "", error.message, error.hint)
 
 
 def monitor_of(settings: ServerSettings, front: int) -> Monitor | None:

@@ -127,6 +127,9 @@ def _facts(bundle: StoredBundle) -> list[tuple[str, str]]:
         facts.append(("deadline", f"{contract.deadline_ms:g} ms"))
     if contract.freshness_s is not None:
         facts.append(("freshness", f"a baked prediction holds for {contract.freshness_s:g} s"))
+    facts += [
+        (what, said) for what, said in (("trained on", contract.training_data), ("run", contract.run)) if said
+    ]
     python = f"{environment.implementation} {environment.python}"
     facts.append(("environment", f"{python}, {environment.system}, {environment.machine}"))
     needs = ", ".join(f"{name} {versions.get(name, '?')}" for name in environment.required)

@@ -11,7 +11,16 @@ import click
 from msgspec import Struct
 
 from parbake.errors import NotFound
-from parbake.settings import Declared, declared
+from parbake.settings import (
+    CONFIG_FILE,
+    Declared,
+    ReleaseSettings,
+    ServerSettings,
+    Settings,
+    declared,
+    override,
+    read_settings,
+)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -110,6 +119,37 @@ class ExistingPath(click.Path):
         if not path.exists() and not (ctx is not None and ctx.resilient_parsing):
             raise NotFound(f"no {self._what} at {path}", hint=self._hint)
         return path
+
+
+def state_options(function: F) -> F:
+    """``--config``, ``--store``, ``--state-dir``: where releases are written down; `state_settings` reads them."""
+    function = click.option(
+        "--state-dir",
+        envvar="PARBAKE_STATE_DIR",
+        metavar="DIR",
+        help="Folder of what the server keeps.  [default: .parbake]",
+    )(function)
+    function = settings_options(ReleaseSettings)(function)
+    return click.option(
+        "--config",
+        type=click.Path(path_type=Path, dir_okay=False),
+        envvar="PARBAKE_CONFIG",
+        help=f"Settings as TOML  [default: {CONFIG_FILE}, if there]",
+    )(function)
+
+
+def state_settings(config: Path | None, values: Mapping[str, Any]) -> Settings:
+    """The settings file with what `state_options` gave. Raises `NotFound`, `SettingsError`."""
+    if config is not None and not config.is_file():
+        raise NotFound(f"no settings file at {config}")
+    default = Path(CONFIG_FILE)
+    file = config or (default if default.is_file() else None)
+    base = Settings() if file is None else read_settings(file)
+    return Settings(
+        server=override(base.server, given(ServerSettings, values)),
+        deployments=base.deployments,
+        release=override(base.release, given(ReleaseSettings, values)),
+    )
 
 
 def name_and_directory(table: str) -> tuple[str, str]:

@@ -103,6 +103,13 @@ class Decimals(click.ParamType[tuple[str, int]]):
     help="Age at which a baked prediction is no longer used.",
 )
 @click.option(
+    "--training-data",
+    default="",
+    metavar="TEXT",
+    help="What the model was trained on: a path, a query, a snapshot.",
+)
+@click.option("--run", default="", metavar="TEXT", help="Which run trained it: an id, a commit, a link.")
+@click.option(
     "--pre", metavar="MODULE:FUNCTION", help="Python function in front of the model; its source is copied."
 )
 @click.option(

@@ -6,6 +6,7 @@ import platform
 import re
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Final
 
 from parbake.contract.model import Environment, Library
@@ -14,6 +15,10 @@ _FIELD: Final = re.compile(r"^(Name|Version): *(\S+)", re.MULTILINE)
 
 # The first part of each path, or the stem of a module that lies at the top.
 _TOP: Final = re.compile(r"^([A-Za-z_]\w*)(?:/|(?:\.[\w-]+)*\.(?:py|so|pyd)(?=,))", re.MULTILINE)
+
+
+_CPU: Final = re.compile(r"^(?:model name|Model|Hardware)\s*: *(.+)$", re.MULTILINE)
+_GPU: Final = re.compile(r"^Model: *(.+)$", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +41,9 @@ def capture(required: tuple[str, ...] = ()) -> Environment:
         machine=platform.machine(),
         libraries=tuple(Library(name, version) for name, version in sorted(_installed().items())),
         required=tuple(sorted({_canonical(name) for name in required})),
+        os=_os(),
+        cpu=_cpu(),
+        gpus=_gpus(),
     )
 
 
@@ -56,6 +64,14 @@ def differences(packed: Environment, here: Environment) -> list[Difference]:
         found.append(Difference("system", packed.system, here.system, False))
     if packed.machine != here.machine:
         found.append(Difference("machine", packed.machine, here.machine, False))
+    for name, before, now in (
+        ("os", packed.os, here.os),
+        ("cpu", packed.cpu, here.cpu),
+        ("gpus", ", ".join(packed.gpus), ", ".join(here.gpus)),
+    ):
+        # Locks from before this was kept say nothing.
+        if before and before != now:
+            found.append(Difference(name, before, now or "not known", False))
     installed = {library.name: library.version for library in here.libraries}
     for library in packed.libraries:
         version = installed.get(library.name, "not installed")
@@ -91,6 +107,34 @@ def _installed() -> dict[str, str]:
             # The first on the path is the one that is imported.
             found.setdefault(_canonical(head["Name"]), head["Version"])
     return found
+
+
+def _os() -> str:
+    """``debian 12``, or what the system calls itself."""
+    try:
+        release = platform.freedesktop_os_release()
+    except OSError:
+        return f"{platform.system()} {platform.mac_ver()[0] or platform.version()}".strip()
+    return f"{release['ID']} {release.get('VERSION_ID', '')}".strip()
+
+
+def _cpu() -> str:
+    found = _CPU.search(_text(Path("/proc/cpuinfo")))
+    return " ".join(found[1].split()) if found else platform.processor()
+
+
+def _gpus() -> tuple[str, ...]:
+    """What NVIDIA's driver shows. A library would say more, and not every machine has it."""
+    files = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
+    found = (_GPU.search(_text(file)) for file in files)
+    return tuple(match[1].strip() for match in found if match)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
 
 
 def _head(distribution: metadata.Distribution) -> dict[str, str]:

@@ -133,6 +133,10 @@ class Contract(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=Tr
     """Time within which callers need the answer, where the model's owner knows it."""
     freshness_s: float | None = None
     """Age at which a baked prediction must no longer be used; None: as long as the bundle is served."""
+    training_data: str = ""
+    """What the model was trained on: a path, a query, a snapshot."""
+    run: str = ""
+    """Which run trained it: an id of an experiment tracker, a commit, a link."""
     format: int = FORMAT
 
     def input(self, name: str) -> TensorSpec | None:
@@ -162,6 +166,12 @@ class Environment(Struct, frozen=True, forbid_unknown_fields=True):
     libraries: tuple[Library, ...]
     required: tuple[str, ...] = ()
     """Libraries whose versions must be the same wherever the bundle runs."""
+    os: str = ""
+    """Distribution and version, as ``debian 12``; "" where that is not known, as of bundles from before it was kept."""
+    cpu: str = ""
+    """Model of the processor."""
+    gpus: tuple[str, ...] = ()
+    """Models of the graphics processors that the driver shows."""
 
 
 class FileEntry(Struct, frozen=True, forbid_unknown_fields=True):

@@ -31,6 +31,15 @@ def resident(pid: int) -> int:
     return int(words[1]) * _PAGE if len(words) > 1 else 0
 
 
+def peak(pid: int) -> int:
+    """Bytes of memory that a process held at most; 0 where that cannot be told, or it has ended."""
+    for line in _text(Path(f"/proc/{pid}/status")).splitlines():
+        words = line.split()
+        if words[:1] == ["VmHWM:"]:
+            return int(words[1]) * 1024
+    return 0
+
+
 def _number(path: Path) -> int:
     text = _text(path).strip()
     return int(text) if text.isdigit() else 0

@@ -134,14 +134,17 @@ class RunnerPool:
         allow_pickle: bool = False,
         allow_mismatch: bool = False,
         verify: bool = False,
+        prove: bool = True,
     ) -> Runner:
         """Start a runner and wait until it has proved the goldens. Raises the error that made it refuse.
 
         ``digest``, where given, is that of the bundle: another one under the same path is refused, now and
-        whenever the runner is started again. ``verify`` has the runner hold every file against the digest.
+        whenever the runner is started again. ``verify`` has the runner hold every file against the digest; without
+        ``prove`` it is for others to judge the goldens.
         """
         path = str(self._folder / f"runner-{next(self._numbers)}.sock")
-        runner = Runner(Assignment(bundle, path, threads, allow_pickle, allow_mismatch, digest, verify))
+        assignment = Assignment(bundle, path, threads, allow_pickle, allow_mismatch, digest, verify, prove)
+        runner = Runner(assignment)
         self.runners.append(runner)
         try:
             control = await self._fill(runner)

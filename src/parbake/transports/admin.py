@@ -1,10 +1,11 @@
-"""The admin API: status, reload, load, unload, metrics; on loopback, on a port of its own, with a token.
+"""The admin API: status, inventory, reload, load, unload, metrics; on loopback, on a port of its own, with a token.
 
 ====== ============================ =====================================================
 GET    /admin/status                what is served, by which processes
 POST   /admin/reload                ``{"changes": [{"name", "bundle", "table", "mode"}]}``, all optional
 POST   /admin/models/NAME/load      load a configured deployment (again)
 POST   /admin/models/NAME/unload    unload it
+GET    /admin/inventory             what is served or could be, on what, whose it is
 GET    /admin/traffic               cardinality, peakedness and coverage curve by deployment
 GET    /metrics                     as on the serving port
 GET    /admin/health                no token needed
@@ -102,6 +103,9 @@ class _Admin:
             case ["admin", "status"]:
                 allow(exchange, b"GET")
                 return msgspec.json.encode(self._supervisor.status(await self._supervisor.counts())), JSON
+            case ["admin", "inventory"]:
+                allow(exchange, b"GET")
+                return msgspec.json.encode(await self._supervisor.inventory()), JSON
             case ["admin", "traffic"]:
                 allow(exchange, b"GET")
                 return msgspec.json.encode(await self._supervisor.traffic()), JSON

@@ -16,6 +16,7 @@ from parbake.errors import ParbakeError, ServerNotFound, SettingsError, by_code
 from parbake.transports import statefile
 
 if TYPE_CHECKING:
+    from parbake.app.inventory import ServerInventory
     from parbake.app.traffic import TrafficReport
 
 _TIMEOUT_S: Final = 300.0
@@ -47,6 +48,15 @@ def status(*, port: int | None = None, admin_url: str = "", token: str = "") -> 
     """What a server serves. Raises `ServerNotFound`."""
     reply = _call("GET", "/admin/status", None, port=port, admin_url=admin_url, token=token)
     return msgspec.json.decode(reply, type=Status)
+
+
+def inventory(*, port: int | None = None, admin_url: str = "", token: str = "") -> ServerInventory:
+    """What a server serves or could, on what. Raises `ServerNotFound`."""
+    # It needs libraries that take their time to import.
+    from parbake.app.inventory import ServerInventory
+
+    reply = _call("GET", "/admin/inventory", None, port=port, admin_url=admin_url, token=token)
+    return msgspec.json.decode(reply, type=ServerInventory)
 
 
 def traffic(*, port: int | None = None, admin_url: str = "", token: str = "") -> dict[str, TrafficReport]:

@@ -88,16 +88,22 @@ def forget(remembered: Remembered) -> None:
         os.close(remembered.descriptor)
 
 
-def find(port: int | None = None) -> Running:
-    """The running server on a port, or the only one; removes the files of those that ended without doing so.
-
-    Raises `ServerNotFound`.
-    """
+def every() -> list[Running]:
+    """All running servers of this user, by port; removes the files of those that ended without doing so."""
     folder = _folder(create=False)
     found: list[Running] = []
     for path in sorted(folder.glob("*.json")) if folder is not None else []:
         if _locked(path) and (running := _read(path)) is not None:
             found.append(running)
+    return found
+
+
+def find(port: int | None = None) -> Running:
+    """The running server on a port, or the only one.
+
+    Raises `ServerNotFound`.
+    """
+    found = every()
     if port is not None:
         found = [running for running in found if running.port == port]
     if not found:
