@@ -9,7 +9,7 @@ import click
 
 from parbake.cli.exits import Exit
 from parbake.cli.options import BUNDLE, Command, json_option, pickle_option, state_options, state_settings
-from parbake.cli.output import emit, emit_json, emit_table, emit_title, say
+from parbake.cli.output import emit, emit_json, emit_table, emit_title, plain, say
 from parbake.cli.pack import Pair
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def command(
 
 def show(report: GateReport) -> None:
     """Print the checks, one line each, then the evidence of those that did not pass, and the verdict last."""
-    emit_table([(check.name, check.verdict, check.words) for check in report.checks])
+    emit_table([(check.name, check.verdict, plain(check.words)) for check in report.checks])
     for check in report.checks:
         if check.verdict != "passed":
             _show_evidence(check)
@@ -148,12 +148,15 @@ def _show_evidence(check: Check) -> None:
         emit()
         emit_title(check.name)
         emit_table(
-            [(one.what, one.expected, one.found, _MARKS[one.ok], one.note) for one in rows],
+            [
+                tuple(map(plain, (one.what, one.expected, one.found, _MARKS[one.ok], one.note)))
+                for one in rows
+            ],
             ("what", "expected", "found", "", "note"),
         )
     if check.waiver is not None:
         emit()
-        emit(f"{check.name} waived by {check.waiver.who}, {check.waiver.at}: {check.waiver.why}")
+        emit(plain(f"{check.name} waived by {check.waiver.who}, {check.waiver.at}: {check.waiver.why}"))
 
 
 def _user() -> str:

@@ -14,7 +14,7 @@ import click
 
 from parbake.cli.exits import Exit
 from parbake.cli.options import Command, json_option, state_options, state_settings
-from parbake.cli.output import age, emit, emit_json, emit_table, emit_title, say, say_error
+from parbake.cli.output import age, emit, emit_json, emit_table, emit_title, plain, say, say_error
 from parbake.errors import NotFound, ParbakeError, VersionNotFound
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ def _servers(
 def _row(item: Item, now: float) -> tuple[str, ...]:
     return tuple(
         map(
-            _plain,
+            plain,
             (
                 item.name,
                 item.version or "-",
@@ -237,15 +237,15 @@ def _problems(found: Inventory) -> list[tuple[str, str]]:
     lines: list[tuple[str, str]] = []
     for item in found.items:
         if item.problem:
-            lines.append((_plain(_title(item)), _plain(item.problem)))
+            lines.append((plain(_title(item)), plain(item.problem)))
             continue
         missing = [
             what for what, said in (("purpose", item.purpose), ("owner", item.owner)) if not said.strip()
         ]
         if missing:
-            lines.append((_plain(_title(item)), f"no {' and no '.join(missing)}"))
+            lines.append((plain(_title(item)), f"no {' and no '.join(missing)}"))
         lines += [
-            (_plain(_title(item)), f"{_plain(one.what)} gets no more fixes since {one.ends}")
+            (plain(_title(item)), f"{plain(one.what)} gets no more fixes since {one.ends}")
             for one in item.lifetimes
             if one.ended
         ]
@@ -260,9 +260,9 @@ def _risks(found: Inventory) -> list[tuple[str, str, str]]:
             users.setdefault((risk.library, risk.version, risk.advisories), []).append(_title(item))
     return [
         (
-            _plain(f"{library} {version}"),
-            ", ".join(map(_plain, dict.fromkeys(titles))),
-            _plain(", ".join(ids)),
+            plain(f"{library} {version}"),
+            ", ".join(map(plain, dict.fromkeys(titles))),
+            plain(", ".join(ids)),
         )
         for (library, version, ids), titles in sorted(users.items())
     ]
@@ -270,7 +270,7 @@ def _risks(found: Inventory) -> list[tuple[str, str, str]]:
 
 def _waivers(found: Inventory) -> list[tuple[str, str, str]]:
     return [
-        (_plain(_title(item)), waiver.check, _plain(f"{waiver.who}, {waiver.at}: {waiver.why}"))
+        (plain(_title(item)), waiver.check, plain(f"{waiver.who}, {waiver.at}: {waiver.why}"))
         for item in found.items
         for waiver in item.waivers
     ]
@@ -339,7 +339,7 @@ def show_diff(found: BundleDiff) -> None:
         emit_title("For callers")
         emit_table(
             [
-                tuple(map(_plain, (c.where, c.before, c.after, "breaks" if c.breaking else "fits", c.why)))
+                tuple(map(plain, (c.where, c.before, c.after, "breaks" if c.breaking else "fits", c.why)))
                 for c in found.schema
             ],
             ("what", "before", "after", "", "why"),
@@ -357,7 +357,7 @@ def show_diff(found: BundleDiff) -> None:
 
 
 def _delta(delta: Delta) -> tuple[str, ...]:
-    return tuple(_plain(text) for text in (delta.what, delta.before, delta.after, delta.note))
+    return tuple(plain(text) for text in (delta.what, delta.before, delta.after, delta.note))
 
 
 def _bundle(word: str, there: Inventory) -> StoredBundle:
@@ -377,11 +377,6 @@ def _bundle(word: str, there: Inventory) -> StoredBundle:
 
 def _list(words: Iterable[str]) -> str:
     return "; ".join(words)
-
-
-def _plain(text: str) -> str:
-    """Text of a bundle without what would move the cursor of a terminal."""
-    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def _safe(cell: str) -> str:

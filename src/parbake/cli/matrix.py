@@ -9,12 +9,13 @@ import click
 
 from parbake.cli.exits import Exit
 from parbake.cli.options import Command, json_option
-from parbake.cli.output import emit, emit_json, emit_table, emit_title
+from parbake.cli.output import emit, emit_json, emit_table, emit_title, plain
 from parbake.cli.pack import Pair
 from parbake.errors import NotFound
 
 if TYPE_CHECKING:
-    from parbake.release.matrix import Matrix
+    from parbake.release.matrix import Cell, Matrix
+    from parbake.release.rules import Comparison
 
 _WORDS = {True: "yes", False: "NO", None: "unknown"}
 _HERE = "here"
@@ -94,19 +95,16 @@ def show(found: Matrix) -> None:
             _WORDS[cell.ok]
         )
     emit_table(list(rows.values()), ("model", "digest", *found.places))
-    broken = [
-        (
-            cell.name,
-            cell.place,
-            one.name,
-            one.packed,
-            one.here,
-            f"{one.rule}: {one.why}" if one.why else one.rule,
-        )
-        for cell in found.cells
-        for one in cell.broken
-    ]
+    broken = [(cell, one) for cell in found.cells for one in cell.broken]
     if broken:
         emit()
         emit_title("What stands in the way")
-        emit_table(broken, ("model", "environment", "what", "packed", "there", "rule"))
+        emit_table(
+            [_obstacle(cell, one) for cell, one in broken],
+            ("model", "environment", "what", "packed", "there", "rule"),
+        )
+
+
+def _obstacle(cell: Cell, one: Comparison) -> tuple[str, ...]:
+    rule = f"{one.rule}: {one.why}" if one.why else one.rule
+    return tuple(map(plain, (cell.name, cell.place, one.name, one.packed, one.here, rule)))

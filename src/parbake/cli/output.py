@@ -72,6 +72,11 @@ def say_error(message: str, hint: str = "") -> None:
         say(f"{_coloured('hint:', 'cyan')} {hint}")
 
 
+def plain(text: str) -> str:
+    """Text that somebody else wrote, without what would move the cursor of a terminal."""
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
 def size(count: float) -> str:
     """Bytes as a person reads them: ``1.4 MB`` (powers of ten)."""
     for unit in ("B", "kB", "MB", "GB"):
