@@ -32,6 +32,8 @@ class PlanEntry(Struct, frozen=True):
     threads: int = 1
     allow_pickle: bool = False
     allow_mismatch: bool = False
+    prove: bool = True
+    """Whether to refuse the bundle where this machine answers its goldens otherwise; not where that was waived."""
     verify: bool = False
     """Whether every process that loads the bundle holds its files against the digest: it was trusted for that."""
     head_rows: int = 0

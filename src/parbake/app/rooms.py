@@ -84,6 +84,7 @@ class RoomModel:
             entry.allow_mismatch,
             entry.digest,
             entry.verify,
+            entry.prove,
         )
 
 
@@ -472,7 +473,7 @@ class Rooms:
 
 
 def _same_model(now: PlanEntry, entry: PlanEntry) -> bool:
-    names = ("bundle", "digest", "group", "threads", "allow_pickle", "allow_mismatch", "verify")
+    names = ("bundle", "digest", "group", "threads", "allow_pickle", "allow_mismatch", "verify", "prove")
     return all(getattr(now, name) == getattr(entry, name) for name in names)
 
 
