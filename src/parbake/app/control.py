@@ -15,6 +15,7 @@ from parbake.app.keys import ApiKey
 from parbake.app.plan import Placed, Plan
 from parbake.errors import NotReady, ParbakeError, by_code
 from parbake.logs import log
+from parbake.serving.route import Route
 from parbake.serving.stats import Counts
 from parbake.settings import ServerSettings
 
@@ -40,6 +41,12 @@ class Configure(Struct, frozen=True, tag=True):
     would only say that it is not ready."""
     keys: UseKeys | None = None
     """None where requests need none."""
+
+
+class UseRoutes(Struct, frozen=True, tag=True):
+    """To a front: the routes in force from now on, all of them."""
+
+    routes: tuple[Route, ...]
 
 
 class Ping(Struct, frozen=True, tag=True):
@@ -149,6 +156,8 @@ class AllCounts(Struct, frozen=True, tag=True):
     log: LogRows | None = None
     clients: dict[str, int] = {}
     """Requests that were let in, by the name of their API key."""
+    routed: dict[str, dict[str, dict[str, int]]] = {}
+    """Of deployments that have or had a route: requests by version and by what decided for it."""
 
 
 class GetProfiles(Struct, frozen=True, tag=True):
@@ -215,6 +224,7 @@ class Failed(Struct, frozen=True, tag=True):
 Message = (
     Configure
     | UseKeys
+    | UseRoutes
     | Ping
     | Prepare
     | Prepared

@@ -28,11 +28,13 @@ from parbake.app.control import (
     Prepare,
     Prepared,
     Profiles,
+    UseRoutes,
     VersionCounts,
     Wanted,
     Wedged,
 )
 from parbake.app.plan import Placed, Plan, PlanEntry
+from parbake.app.routes import FrontRoutes
 from parbake.app.wiring import hold_table, monitor_of, open_table, table_facts
 from parbake.contract.bundle import StoredBundle, read_bundle
 from parbake.contract.record import Records
@@ -110,6 +112,9 @@ class Front:
         self._on_change = on_change
         self._slots: list[Slot] = []
         self._by_name: dict[str, list[ServedVersion]] = {}
+        self.routes = FrontRoutes()
+        self.routed = self.routes.routed
+        """Deployments under a route, by name."""
         self._prepared: dict[int, list[Slot]] = {}
         self._sessions: dict[tuple[str, str], Session] = {}
         self._stats: dict[tuple[str, str], Stats] = {}
@@ -152,7 +157,10 @@ class Front:
         return self._plan.unloaded if self._plan else ()
 
     def find(self, name: str, version: str = "") -> ServedVersion:
-        """A version, by default the last of its name. Raises `ModelNotFound`, `VersionNotFound`, `NotReady`."""
+        """A version, by default the champion of the route or else the last of its name.
+
+        Raises `ModelNotFound`, `VersionNotFound`, `NotReady`.
+        """
         if self._plan is None:
             raise NotReady("models are still being loaded", retry_after_s=1.0)
         found = self._by_name.get(name)
@@ -167,7 +175,7 @@ class Front:
             hint = "the index shows what there is" if self.discreet else f"models here: {names}"
             raise ModelNotFound(f"no model {name[:80]!r}", hint=hint)
         if not version:
-            return found[-1]
+            return self.routed[name].champion if name in self.routed else found[-1]
         for served in found:
             if served.version == version:
                 return served
@@ -195,6 +203,10 @@ class Front:
             # What is in force was not loaded for this plan, and stays.
             self._release([slot for slot in prepared if slot not in self._slots])
             self._sessions.clear()
+            return Done()
+        if isinstance(message, UseRoutes):
+            if self.routes.use(message.routes, self._by_name):
+                self._on_change()
             return Done()
         if isinstance(message, Ping):
             return Done()
@@ -536,6 +548,7 @@ class Front:
         for slot in slots:
             self._by_name.setdefault(slot.served.name, []).append(slot.served)
         self._plan = self._pending_plan
+        self.routes.follow(self._by_name)
         self._on_change()
         if self._tending is None:
             self._tending = self._loop.create_task(self._tend())
@@ -591,6 +604,7 @@ class Front:
             dict(self.refused),
             self._log_rows(),
             self.clients(),
+            self.routes.counts(),
         )
 
     def _log_rows(self) -> LogRows | None:

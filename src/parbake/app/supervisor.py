@@ -45,6 +45,7 @@ from parbake.app.control import (
     Text,
     Unload,
     UseKeys,
+    UseRoutes,
     VersionCounts,
     Wanted,
     Wedged,
@@ -52,6 +53,7 @@ from parbake.app.control import (
 from parbake.app.keys import read_keys
 from parbake.app.plan import Placed, Plan, PlanEntry
 from parbake.app.rooms import RoomModel, Rooms
+from parbake.app.routes import RouteBook, RouteChange, RouteStatus, add_routed
 from parbake.app.wiring import TableFacts, open_table, table_facts
 from parbake.contract.bundle import StoredBundle, read_bundle
 from parbake.contract.model import TensorSpec
@@ -242,6 +244,7 @@ class Supervisor:
         self._gone_restarts: dict[tuple[str, str], int] = {}
         """Restarts of runners that are no longer there."""
         self._why: dict[str, str] = {}
+        self._routes = RouteBook()
         self._plan = Plan(0)
         self._placed: dict[tuple[str, str], Placed] = {}
         self._bundles: dict[tuple[str, str], StoredBundle] = {}
@@ -396,6 +399,52 @@ class Supervisor:
         Path(before.rates).unlink(missing_ok=True)
         if keys.keys != before.keys:
             log().info("keys.read", clients=len(keys.keys))
+
+    async def set_route(self, name: str, change: RouteChange) -> RouteStatus:
+        """Change how the requests of a deployment are shared out; in force in all fronts when this returns.
+
+        Nothing is loaded, and no request fails. Raises `ModelNotFound`, `Conflict`, `InvalidInput`.
+        """
+        async with self._lock:
+            self._refuse_if_stopping()
+            contracts = {
+                version: bundle.contract
+                for (deployment, version), bundle in self._bundles.items()
+                if deployment == name
+            }
+            if not contracts:
+                raise self._no_deployment(name)
+            revision = self._routes.plan(name, change, contracts)
+            self._routes.enter(name, revision)
+            await self._tell_all(UseRoutes(self._routes.in_force))
+            log().info("route.changed", deployment=name, revision=revision.revision)
+        return await self.route(name)
+
+    async def route(self, name: str) -> RouteStatus:
+        """The route of a deployment, and what came of it. Raises `ModelNotFound`."""
+        revisions = self._routes.revisions(name)
+        if not revisions and all(entry.name != name for entry in self._plan.entries):
+            raise self._no_deployment(name)
+        counts = await self.counts()
+        return RouteStatus(name, self._routes.get(name), revisions, counts.routed.get(name, {}))
+
+    def _no_deployment(self, name: str) -> ModelNotFound:
+        names = ", ".join(dict.fromkeys(t.name for t in self._targets))
+        return ModelNotFound(f"no deployment {name[:80]!r}", hint=f"deployments: {names}")
+
+    async def _tell_all(self, message: Message) -> None:
+        """Have every front take note of something, and end those that do not."""
+        fronts = list(self._fronts)
+        results = await asyncio.gather(
+            *(front.channel.call(message, 2 * _SILENT_S) for front in fronts), return_exceptions=True
+        )
+        for front, result in zip(fronts, results, strict=True):
+            if isinstance(result, BaseException):
+                log().error(
+                    "front.not_told", number=front.number, call=type(message).__name__, error=str(result)
+                )
+                # It must not go on with what is no longer in force.
+                _kill(front.process)
 
     async def set_loaded(self, name: str, loaded: bool) -> None:
         """Load a configured deployment (again, if it is), or unload it; the others stay as they are.
@@ -957,11 +1006,12 @@ class Supervisor:
         A change may be under way: if it comes into force meanwhile, the front follows it.
         """
         while True:
-            plan, keys = self._plan, self._keys
+            plan, keys, routes = self._plan, self._keys, self._routes.in_force
             if not plan.generation:
                 return
             if keys is not None:
                 await front.channel.call(keys)
+            await front.channel.call(UseRoutes(routes))
             try:
                 await front.channel.call(Prepare(plan))
             except (BundleError, TableError) as error:
@@ -976,7 +1026,7 @@ class Supervisor:
                 )
                 await front.channel.call(Prepare(rest))
             await front.channel.call(Commit(plan.generation))
-            if plan is self._plan and keys is self._keys:
+            if plan is self._plan and keys is self._keys and routes == self._routes.in_force:
                 return
 
     async def _handle(self, message: Message) -> Message:
@@ -1262,7 +1312,10 @@ def add_counts(parts: Sequence[AllCounts]) -> AllCounts:
             clients[client] = clients.get(client, 0) + count
     logs = [part.log for part in parts if part.log is not None]
     rows = functools.reduce(LogRows.plus, logs) if logs else None
-    return AllCounts(tuple(merged.values()), sum(part.connections for part in parts), refused, rows, clients)
+    routed = add_routed([part.routed for part in parts])
+    return AllCounts(
+        tuple(merged.values()), sum(part.connections for part in parts), refused, rows, clients, routed
+    )
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -235,6 +235,12 @@ class ServedVersion:
         """The key that the learned head has for a row."""
         return (self._row_keys or self.keys).of(row.raws, 1, row.shapes)[0]
 
+    def first_key(self, raws: Sequence[bytes], shapes: tuple[Shape, ...]) -> bytes:
+        """The key of one row, as the contract makes it."""
+        if self.contract.key.rounding:
+            raws = self._rounded(raws, 1, shapes)
+        return self.keys.of(raws, 1, shapes)[0]
+
     def where_baked(self, key: bytes) -> int:
         """The code of where a baked row was answered."""
         if self.head is None:

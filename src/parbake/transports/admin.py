@@ -6,6 +6,8 @@ POST   /admin/reload                ``{"changes": [{"name", "bundle", "table", "
 POST   /admin/models/NAME/load      load a configured deployment (again)
 POST   /admin/models/NAME/unload    unload it
 GET    /admin/inventory             what is served or could be, on what, whose it is
+GET    /admin/routes/NAME           how the requests of a deployment are shared out, and what came of it
+POST   /admin/routes/NAME           change it: ``{"route"}``, ``{"killed"}`` or ``{"remove": true}``, and ``revision``
 GET    /admin/traffic               cardinality, peakedness and coverage curve by deployment
 GET    /metrics                     as on the serving port
 GET    /admin/health                no token needed
@@ -21,6 +23,7 @@ from dataclasses import dataclass
 import msgspec
 from msgspec import Struct
 
+from parbake.app.routes import RouteChange
 from parbake.app.supervisor import Change, Supervisor
 from parbake.errors import NotAllowed, ParbakeError, RouteNotFound, SettingsError
 from parbake.settings import ServerSettings
@@ -120,6 +123,12 @@ class _Admin:
                 if exchange.body:
                     request = decode_json(msgspec.json.Decoder(ReloadRequest), exchange.body)
                 return msgspec.json.encode(await self._supervisor.reload(request.changes)), JSON
+            case ["admin", "routes", name]:
+                allow(exchange, b"GET", b"POST")
+                if exchange.method == b"GET":
+                    return msgspec.json.encode(await self._supervisor.route(name)), JSON
+                change = decode_json(msgspec.json.Decoder(RouteChange), exchange.body)
+                return msgspec.json.encode(await self._supervisor.set_route(name, change)), JSON
             case ["admin", "models", name, ("load" | "unload") as action]:
                 allow(exchange, b"POST")
                 await self._supervisor.set_loaded(name, action == "load")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from parbake.app.routes import RouteChange, RouteStatus
 from parbake.app.supervisor import Change, Reloaded, Status
 from parbake.errors import ParbakeError, ServerNotFound, SettingsError, by_code
 from parbake.transports import statefile
@@ -57,6 +58,21 @@ def inventory(*, port: int | None = None, admin_url: str = "", token: str = "") 
 
     reply = _call("GET", "/admin/inventory", None, port=port, admin_url=admin_url, token=token)
     return msgspec.json.decode(reply, type=ServerInventory)
+
+
+def route(name: str, *, port: int | None = None, admin_url: str = "", token: str = "") -> RouteStatus:
+    """How the requests of a deployment are shared out. Raises `ServerNotFound`, `ModelNotFound`."""
+    reply = _call("GET", f"/admin/routes/{name}", None, port=port, admin_url=admin_url, token=token)
+    return msgspec.json.decode(reply, type=RouteStatus)
+
+
+def set_route(
+    name: str, change: RouteChange, *, port: int | None = None, admin_url: str = "", token: str = ""
+) -> RouteStatus:
+    """Change it, in all fronts and without a failed request. Raises `ServerNotFound`, or why it was refused."""
+    body = msgspec.json.encode(change)
+    reply = _call("POST", f"/admin/routes/{name}", body, port=port, admin_url=admin_url, token=token)
+    return msgspec.json.decode(reply, type=RouteStatus)
 
 
 def traffic(*, port: int | None = None, admin_url: str = "", token: str = "") -> dict[str, TrafficReport]:

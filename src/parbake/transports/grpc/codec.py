@@ -69,7 +69,12 @@ class GrpcCodec:
             given.append(Given(tensor.name, tensor.datatype, list(tensor.shape), data, path))
         inputs = gather(self._served, given)
         return InferCall(
-            inputs, request.id, timeout_s(parameters), priority_of(parameters), self._wanted(request)
+            inputs,
+            request.id,
+            timeout_s(parameters),
+            priority_of(parameters),
+            self._wanted(request),
+            parameters,
         )
 
     def _typed(self, tensor: Any, path: str) -> bytes:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 from urllib.parse import unquote
 from weakref import WeakKeyDictionary
 
@@ -15,13 +15,17 @@ import grpc
 from parbake.app.front import Front
 from parbake.app.repository import Repository
 from parbake.errors import NotReady, ParbakeError
+from parbake.serving.fallback import Asked
 from parbake.serving.model import Answer
+from parbake.serving.route import NO_HINTS, Hints
+from parbake.serving.routed import Routed
 from parbake.serving.service import ServedVersion
 from parbake.transports.access import Access
 from parbake.transports.failures import shown, unexpected
 from parbake.transports.grpc.codec import GrpcCodec, values_of
 from parbake.transports.grpc.messages import message, parse, serialize
 from parbake.transports.grpc.replies import details_of, status_of, trailers_of
+from parbake.transports.http.oip import InferCall
 from parbake.transports.keys import EVERYBODY, Gate, Holder, check_deployment
 from parbake.transports.metadata import (
     model_config,
@@ -35,6 +39,7 @@ from parbake.transports.parameters import refuse_overrides
 _IN_FLIGHT: Final = 64
 """Requests of one stream that are worked on at a time; more wait in the connection."""
 
+_T = TypeVar("_T")
 Call = Callable[[Any, Any], Awaitable[Any]]
 Handlers = dict[str, grpc.RpcMethodHandler]
 
@@ -130,9 +135,8 @@ class InferenceService:
             self._front.refuse(failure.error)
             return failure
         try:
-            codec = self._codecs.get(served)
-            if codec is None:
-                codec = self._codecs[served] = GrpcCodec(served)
+            routed = self._front.routed.get(served.name) if not request.model_version else None
+            codec = self._codec(served if routed is None else routed.reader)
             call = codec.read(request)
             parsed = perf_counter()
             remaining_s = context.time_remaining()
@@ -140,16 +144,23 @@ class InferenceService:
             if remaining_s is not None:
                 limits.append(remaining_s)
             inputs = call.inputs
-            answer = await _answer(
-                served,
+            asked = Asked(
                 inputs.raws,
                 inputs.rows,
                 inputs.shapes,
                 arrived + min(limits),
+                Caller(client),
                 arrived,
                 call.priority,
                 client,
             )
+            if routed is None:
+                answer = await _answer(served, asked)
+            else:
+                served, result = await _routed_answer(routed, asked, call, context)
+                if isinstance(result, ParbakeError):
+                    raise result
+                answer, codec = result, self._codec(served)
             reply = codec.write(answer, call)
         except ParbakeError as error:
             served.refused(error.code, arrived)
@@ -169,6 +180,12 @@ class InferenceService:
             answer.baked_rows,
         )
         return reply
+
+    def _codec(self, served: ServedVersion) -> GrpcCodec:
+        codec = self._codecs.get(served)
+        if codec is None:
+            codec = self._codecs[served] = GrpcCodec(served)
+        return codec
 
     async def _model_stream_infer(self, requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
         """Answers in the order of the requests, while later ones are already worked on."""
@@ -319,16 +336,7 @@ def address_of(peer: str) -> str:
     return rest.rpartition(":")[0].strip("[]")
 
 
-async def _answer(
-    served: ServedVersion,
-    raws: list[bytes],
-    rows: int,
-    shapes: tuple[tuple[int, ...], ...],
-    deadline: float,
-    arrived: float,
-    priority: int,
-    client: str,
-) -> Answer:
+async def _answer(served: ServedVersion, asked: Asked) -> Answer:
     """Predict, and wait where a model has to run. Raises `ParbakeError`."""
     future: asyncio.Future[Answer | ParbakeError] = asyncio.get_running_loop().create_future()
 
@@ -336,18 +344,56 @@ async def _answer(
         if not future.done():
             future.set_result(result)
 
-    caller = Caller(client)
-    answer = served.predict(raws, rows, shapes, deadline, done, caller, arrived, priority, caller.client)
+    answer = served.predict(
+        asked.raws,
+        asked.rows,
+        asked.shapes,
+        asked.deadline,
+        done,
+        asked.caller,
+        asked.arrived,
+        asked.priority,
+        asked.client,
+    )
     if answer is not None:
         return answer
-    try:
-        result = await future
-    finally:
-        # Cancelled: no work for somebody who has gone.
-        caller.closed = True
+    result = await _until_gone(future, asked)
     if isinstance(result, ParbakeError):
         raise result
     return result
+
+
+async def _routed_answer(
+    routed: Routed, asked: Asked, call: InferCall, context: Any
+) -> tuple[ServedVersion, Answer | ParbakeError]:
+    """Predict by the version that the route has for a request, and wait; gives the version that answered or failed."""
+    future: asyncio.Future[tuple[ServedVersion, Answer | ParbakeError]] = (
+        asyncio.get_running_loop().create_future()
+    )
+
+    def done(served: ServedVersion, result: Answer | ParbakeError) -> None:
+        if not future.done():
+            future.set_result((served, result))
+
+    hints = NO_HINTS
+    if routed.chooser.needs_hints:
+        metadata = {
+            name.lower(): value if isinstance(value, str) else value.decode("latin-1")
+            for name, value in context.invocation_metadata() or ()
+        }
+        hints = Hints(metadata, call.parameters or {})
+    routed.predict(asked, done, hints)
+    return await _until_gone(future, asked)
+
+
+async def _until_gone(future: asyncio.Future[_T], asked: Asked) -> _T:
+    """Wait for an answer as long as somebody wants it."""
+    try:
+        return await future
+    finally:
+        # Cancelled: no work for somebody who has gone.
+        if isinstance(asked.caller, Caller):
+            asked.caller.closed = True
 
 
 async def _until(stopping: asyncio.Event, requests: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

@@ -45,26 +45,9 @@ class PredictionEndpoint:
     def answer(self, exchange: Exchange) -> None:
         """Handle one request; the reply is written now or later."""
         served = self._served
-        headers = exchange.headers
         try:
-            if exchange.method != b"POST":
-                allow(exchange, b"POST")
-            body = exchange.body
-            if b"content-encoding" in headers:
-                body = exchange.content(self._max_body_bytes)
-            size = headers.get(b"inference-header-content-length")
-            call = self._codec.read(body, None if size is None else _whole(size))
+            call, deadline, priority = self.read(exchange)
             parsed = perf_counter()
-            # A caller may want it sooner than the deployment promises, never later.
-            limits_s = [served.deadline_s]
-            if call.timeout_s:
-                limits_s.append(call.timeout_s)
-            if b"parbake-deadline-ms" in headers:
-                limits_s.append(_deadline_ms(headers[b"parbake-deadline-ms"]) / 1000)
-            deadline = exchange.arrived + min(limits_s)
-            priority = call.priority
-            if b"parbake-priority" in headers:
-                priority = _priority(headers[b"parbake-priority"])
 
             def done(result: Answer | ParbakeError) -> None:
                 if isinstance(result, ParbakeError):
@@ -92,6 +75,45 @@ class PredictionEndpoint:
             return
         if answer is not None:
             self._send(exchange, call, answer, parsed)
+
+    def read(self, exchange: Exchange) -> tuple[InferCall, float, int]:
+        """The call in a request, its deadline (on the clock of `time.perf_counter`) and its priority.
+
+        Raises `ParbakeError`.
+        """
+        headers = exchange.headers
+        if exchange.method != b"POST":
+            allow(exchange, b"POST")
+        body = exchange.body
+        if b"content-encoding" in headers:
+            body = exchange.content(self._max_body_bytes)
+        size = headers.get(b"inference-header-content-length")
+        call = self._codec.read(body, None if size is None else _whole(size))
+        # A caller may want it sooner than the deployment promises, never later.
+        limits_s = [self._served.deadline_s]
+        if call.timeout_s:
+            limits_s.append(call.timeout_s)
+        if b"parbake-deadline-ms" in headers:
+            limits_s.append(_deadline_ms(headers[b"parbake-deadline-ms"]) / 1000)
+        priority = call.priority
+        if b"parbake-priority" in headers:
+            priority = _priority(headers[b"parbake-priority"])
+        return call, exchange.arrived + min(limits_s), priority
+
+    def take(self, exchange: Exchange, call: InferCall, result: Answer | ParbakeError, parsed: float) -> None:
+        """Reply with what this version said to a request that was read for all of its deployment."""
+        if isinstance(result, ParbakeError):
+            self._fail(exchange, result)
+        else:
+            self._send(exchange, call, result, parsed)
+
+    def refuse(self, exchange: Exchange, error: ParbakeError) -> None:
+        """Reply with an error."""
+        self._fail(exchange, error)
+
+    def fail_unexpectedly(self, exchange: Exchange) -> None:
+        """Reply to a bug of ours; call it in an except block."""
+        self._failed_unexpectedly(exchange)
 
     def _send(self, exchange: Exchange, call: InferCall, answer: Answer, parsed: float) -> None:
         try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any, Final, overload
@@ -91,6 +91,8 @@ class InferCall:
     priority: int = NORMAL
     wanted: tuple[tuple[int, bool], ...] | None = None
     """Positions of the outputs to send and whether as binary; None: all, as JSON."""
+    parameters: Mapping[str, Any] | None = None
+    """What else it says of itself, where it does."""
 
 
 class InferCodec:
@@ -330,7 +332,12 @@ class InferCodec:
         inputs = gather(self._served, given)
         parameters = request.parameters
         return InferCall(
-            inputs, request.id, timeout_s(parameters), priority_of(parameters), self._wanted(request)
+            inputs,
+            request.id,
+            timeout_s(parameters),
+            priority_of(parameters),
+            self._wanted(request),
+            parameters,
         )
 
     def _raw_of(self, tensor: InputTensor, path: str) -> bytes:

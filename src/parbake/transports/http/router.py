@@ -25,6 +25,7 @@ from parbake.transports.http.openapi import openapi
 from parbake.transports.http.page import page
 from parbake.transports.http.people import PeopleCodec
 from parbake.transports.http.protocol import JSON, Exchange, Head, allow
+from parbake.transports.http.routed import RoutedEndpoint
 from parbake.transports.keys import EVERYBODY, Gate, Holder, check_deployment, check_everything
 from parbake.transports.metadata import (
     model_config,
@@ -117,6 +118,10 @@ class Router:
             exact[b"/predict/%s/versions/%s" % (name, version)] = answering.people.answer
         for gone in before.values():
             gone.infer.forget()
+        for deployment, routed in self._front.routed.items():
+            name = deployment.encode()
+            exact[b"/v2/models/%s/infer" % name] = RoutedEndpoint(routed, InferCodec, limit).answer
+            exact[b"/predict/%s" % name] = RoutedEndpoint(routed, PeopleCodec, limit).answer
         self._exact = exact
 
     def answer(self, exchange: Exchange) -> None:
@@ -185,7 +190,13 @@ class Router:
                 self._model(exchange, name, rest)
             case ["predict", name] | ["predict", name, "versions", _]:
                 served = self._front.find(name, parts[3] if len(parts) == 4 else "")
-                self._exact[b"/predict/%s/versions/%s" % _bytes(served)](exchange)
+                named = len(parts) == 4
+                url = (
+                    b"/predict/%s/versions/%s" % _bytes(served)
+                    if named
+                    else b"/predict/%s" % served.name.encode()
+                )
+                self._exact[url](exchange)
             case ["v2", "repository", "models", name, ("load" | "unload") as action]:
                 allow(exchange, b"POST")
                 self._control(exchange, name, action)
@@ -218,7 +229,8 @@ class Router:
             self._later(exchange, lambda: self._statistics(name, version))
         elif rest == ["infer"]:
             # A URL that was written with escapes.
-            self._exact[b"/v2/models/%s/versions/%s/infer" % _bytes(served)](exchange)
+            url = b"/v2/models/%s/versions/%s/infer" % _bytes(served)
+            self._exact[url if version else b"/v2/models/%s/infer" % served.name.encode()](exchange)
         else:
             raise _no_route(exchange)
 
