@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tritonclient.grpc as grpcclient
+from tritonclient.utils import InferenceServerException
 
 from parbake.app.routes import RouteChange
 from parbake.errors import Conflict, InvalidInput, ModelNotFound
-from parbake.serving.route import Arm, Route, Rule
+from parbake.serving.observer import default_bins
+from parbake.serving.route import Arm, Route, Rule, Shadow, Watch
 from parbake.testing import Server, serving
 from parbake.transports import client
-from tests.functions import write_scaled
-from tests.traffic import Call, Noted, answer, calling, infer, rows
+from tests.functions import write_function, write_scaled
+from tests.traffic import Call, Noted, answer, calling, infer, once, rows, wait_for
 
 ROWS = [(float(n), float(n + 1)) for n in range(1, 60)]
 
@@ -80,7 +89,8 @@ def test_weights_are_changed_fifty_times_under_load_and_no_request_fails(tmp_pat
             for caller in callers:
                 caller.wait(10)
         status = client.route("scaled", port=server.port)
-        assert status.route is not None and status.route.revision == 51
+        assert status.route is not None
+        assert status.route.revision == 51
         asked: Counter[str] = Counter()
         for caller in callers:
             assert caller.failures == []
@@ -125,3 +135,208 @@ def test_a_route_that_cannot_be_is_refused_and_the_old_one_stays(tmp_path: Path)
         with pytest.raises(ModelNotFound):
             client.route("nothing", port=server.port)
         assert {factor(call("/v2/models/scaled/infer", infer(row)), row) for row in ROWS} == {2}
+
+
+def shadowed(**more: object) -> Route:
+    return weights(1, shadows=(Shadow("2"),), **more)
+
+
+def test_a_shadow_is_compared_row_by_row_and_no_caller_sees_it(tmp_path: Path) -> None:
+    with serving(*two(tmp_path), workers=1) as server, Call(server.url) as call:
+        use(server, shadowed(watch=Watch()))
+        for row in ROWS:
+            assert factor(call("/v2/models/scaled/infer", infer(row)), row) == 2
+        wait_for(lambda: client.route("scaled", port=server.port).shadows["2"].answered == len(ROWS))
+        status = client.route("scaled", port=server.port)
+        counts = status.shadows["2"]
+        assert (counts.asked, counts.failed, counts.dropped) == (len(ROWS), 0, 0)
+        assert (counts.rows, counts.same_rows, counts.values) == (len(ROWS), 0, 2 * len(ROWS))
+        # It trebles where the other doubles: they are one time the row apart.
+        assert counts.difference == sum(map(sum, ROWS))
+        assert counts.largest == max(map(max, ROWS))
+        assert status.requests == {"1": {"weights": len(ROWS)}}
+        assert {(o.version, o.role, o.observation.requests) for o in status.observed} == {
+            ("1", "answers", len(ROWS)),
+            ("2", "shadow", len(ROWS)),
+        }
+
+
+SLOW = "import time\ndef predict(x):\n    time.sleep({seconds})\n    return x * 2\n"
+
+
+@pytest.mark.parametrize("harm", ["killed", "stopped", "slow"])
+def test_whatever_a_shadow_does_no_caller_notices(tmp_path: Path, harm: str) -> None:
+    slow = write_function(tmp_path, SLOW.format(seconds=0.2 if harm == "slow" else 0), name="scaled")
+    first = write_scaled(tmp_path / "first.bundle", 2)
+    ask = rows("scaled", *ROWS)
+    with serving(first.path, slow.path, workers=1) as server:
+        use(server, shadowed())
+        with calling(server.url, ask, ask) as callers:
+            if harm != "slow":
+                pids = client.status(port=server.port).versions[1].runner_pids
+                os.kill(pids[0], signal.SIGKILL if harm == "killed" else signal.SIGSTOP)
+            for caller in callers:
+                caller.wait(300)
+        for caller in callers:
+            assert caller.failures == []
+            assert {noted.json()["model_version"] for noted in caller.noted} == {"1"}
+            late = sorted(noted.ended - noted.began for noted in caller.noted)[int(0.9 * len(caller.noted))]
+            assert late < 0.15
+        counts = client.route("scaled", port=server.port).shadows["2"]
+        assert counts.dropped + counts.failed > 0
+
+
+def test_what_is_observed_is_what_callers_got(tmp_path: Path) -> None:
+    """Every way in, two fronts, a version that fails for some rows."""
+    moody = write_function(
+        tmp_path,
+        "def predict(x):\n    assert x[0, 0] % 5 != 0, 'five'\n    return x * 3\n",
+        name="scaled",
+    )
+    first = write_scaled(tmp_path / "first.bundle", 2)
+    with serving(first.path, moody.path, workers=2, grpc=True) as server, Call(server.url) as call:
+        watch = Watch(segment="right", bins=default_bins(first.contract.outputs[0], [10.0, 20.0, 30.0]))
+        use(server, weights(0.5, 0.5, rescue=False, watch=watch))
+        got: Counter[tuple[str, bool]] = Counter()
+        firsts: dict[str, list[float]] = {"1": [], "2": []}
+
+        def note(version: str, status: int, value: float | None) -> None:
+            got[version, status == 200] += 1
+            if value is not None:
+                firsts[version].append(value)
+
+        def over_grpc(row: tuple[float, float]) -> None:
+            tensor = grpcclient.InferInput("x", [1, 2], "FP32")
+            tensor.set_data_from_numpy(np.array([row], np.float32))
+            try:
+                result = remote.infer("scaled", [tensor])
+            except InferenceServerException:
+                # Only version 2 fails.
+                note("2", 500, None)
+                return
+            note(result.get_response().model_version, 200, float(result.as_numpy("y")[0, 0]))
+
+        with grpcclient.InferenceServerClient(server.grpc) as remote:
+            for row in ROWS * 2:
+                noted = call("/v2/models/scaled/infer", infer(row))
+                value = answer(noted)[0] if noted.status == 200 else None
+                note(noted.headers["parbake-version"], noted.status, value)
+                noted = call("/predict/scaled", b'{"left": %f, "right": %f}' % row)
+                value = noted.json()["y"][0] if noted.status == 200 else None
+                note(noted.headers["parbake-version"], noted.status, value)
+                over_grpc(row)
+                # Whoever names a version is not part of the comparison.
+                call("/v2/models/scaled/versions/1/infer", infer(row))
+        status = client.route("scaled", port=server.port)
+        assert len(got) == 3
+        seen = {item.version: item.observation for item in status.observed}
+        for version in ("1", "2"):
+            ok, failed = got[version, True], got[version, False]
+            observation = seen[version]
+            assert (observation.requests, observation.failures) == (ok + failed, failed)
+            assert sum(observation.latency) == ok
+            assert sum(observation.outputs[""]) == ok
+            edges = watch.bins.edges if watch.bins is not None else ()
+            places = np.bincount(
+                np.searchsorted(edges, firsts[version], side="left"), minlength=len(edges) + 1
+            )
+            assert list(observation.outputs[""]) == places.tolist()
+            segments = {name for name in observation.outputs if name}
+            assert segments <= {str(int(right)) for _, right in ROWS}
+            assert 0 < len(segments) <= 64
+
+
+def test_the_champion_answers_where_another_version_cannot(tmp_path: Path) -> None:
+    broken = write_function(tmp_path, "def predict(x):\n    raise RuntimeError('no')\n", name="scaled")
+    first = write_scaled(tmp_path / "first.bundle", 2)
+    slow = write_function(tmp_path / "slow", SLOW.format(seconds=0.5), name="scaled")
+    with serving(first.path, broken.path, slow.path, workers=1) as server, Call(server.url) as call:
+        use(server, weights(0, 1, watch=Watch()))
+        for row in ROWS[:10]:
+            noted = call("/v2/models/scaled/infer", infer(row))
+            assert factor(noted, row) == 2
+            assert noted.headers["parbake-version"] == "1"
+            assert noted.headers["parbake-fallback"] == "champion"
+        status = client.route("scaled", port=server.port)
+        assert status.requests == {"2": {"weights": 10, "rescued": 10}}
+        (observed,) = status.observed
+        # It is the failures of the version that count, whoever helped.
+        assert (observed.version, observed.observation.failures) == ("2", 10)
+        use(server, weights(0, 0, 1, timeout_ms=100))
+        noted = call("/v2/models/scaled/infer", infer(ROWS[0]))
+        assert factor(noted, ROWS[0]) == 2
+        assert noted.ended - noted.began < 0.4
+        use(server, weights(0, 1, rescue=False))
+        assert call("/v2/models/scaled/infer", infer(ROWS[0])).status == 500
+
+
+def test_a_front_that_dies_comes_back_with_the_route(tmp_path: Path) -> None:
+    with serving(*two(tmp_path), workers=1) as server:
+        use(server, weights(1, 0))
+        (pid,) = client.status(port=server.port).front_pids
+        os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: client.status(port=server.port).front_pids not in ((), (pid,)))
+        for row in ROWS[:5]:
+            assert factor(once(server.url, "/v2/models/scaled/infer", infer(row)), row) == 2
+
+
+def test_labels_find_the_predictions_that_they_are_about(tmp_path: Path) -> None:
+    with serving(*two(tmp_path), workers=2) as server, Call(server.url) as call:
+        use(server, weights(0.5, 0.5, watch=Watch(loss="squared", segment="right")))
+        versions: dict[int, str] = {}
+        for n, row in enumerate(ROWS):
+            noted = call("/v2/models/scaled/infer", infer(row, id=f"request-{n}"))
+            versions[n] = noted.json()["model_version"]
+        # The truth is three times the first number: version 2 is right, version 1 is off by the number itself.
+        labels = [{"id": f"request-{n}", "label": 3 * row[0]} for n, row in enumerate(ROWS)]
+        labels += [{"id": "nobody", "label": 1.0}]
+        body = json.dumps({"labels": labels}).encode()
+        # What was predicted gets about twice a second to where labels are held against it.
+        time.sleep(1.5)
+        noted = call("/v2/models/scaled/labels", body)
+        assert (noted.status, noted.json()) == (202, {"accepted": len(ROWS), "unknown": 1})
+        seen = {item.version: item.observation for item in client.route("scaled", port=server.port).observed}
+        off = [row[0] ** 2 for n, row in enumerate(ROWS) if versions[n] == "1"]
+        assert seen["1"].labels[""] == (len(off), sum(off), sum(x * x for x in off))
+        assert seen["2"].labels[""] == (len(ROWS) - len(off), 0, 0)
+        # Once each.
+        assert call("/v2/models/scaled/labels", body).json() == {"accepted": 0, "unknown": len(ROWS) + 1}
+        # By key, and where the body names the deployment.
+        call("/v2/models/scaled/infer", infer(ROWS[0]))
+        time.sleep(1.5)
+        by_key = {"key": {"left": ROWS[0][0], "right": ROWS[0][1]}, "label": 1}
+        noted = call("/labels", json.dumps({"deployment": "scaled", "labels": [by_key]}).encode())
+        assert (noted.status, noted.json()) == (202, {"accepted": 1, "unknown": 0})
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "says"),
+    [
+        ({"labels": []}, 400, "no labels"),
+        ({"labels": [{"label": 1}]}, 400, "an id or a key"),
+        ({"labels": [{"id": "a", "label": "high"}]}, 202, ""),
+        ({"labels": [{"key": "zz", "label": 1}]}, 400, "hexadecimal"),
+        ({"labels": [{"key": {"left": 1}, "label": 1}]}, 400, "left, right"),
+        ({"labels": [{"id": "a", "label": 1}] * 10_001}, 413, "the limit is 10000"),
+        ({"labels": [{"id": "a", "label": None}]}, 400, "$.labels[0].label"),
+        ({"deployment": "other", "labels": [{"id": "a", "label": 1}]}, 400, "the body 'other'"),
+    ],
+)
+def test_labels_that_cannot_be_are_refused(
+    server_with_labels: Server, body: object, status: int, says: str
+) -> None:
+    noted = once(server_with_labels.url, "/v2/models/scaled/labels", json.dumps(body).encode())
+    assert noted.status == status
+    assert says in noted.body.decode()
+
+
+@pytest.fixture(scope="module")
+def server_with_labels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("labels")
+    runtime = folder / "runtime"
+    runtime.mkdir(mode=0o700)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_RUNTIME_DIR", str(runtime))
+        with serving(*two(folder), workers=1) as server:
+            use(server, weights(1, watch=Watch(loss="absolute")))
+            yield server

@@ -12,9 +12,12 @@ import msgspec
 from msgspec import Struct
 
 from parbake.app.keys import ApiKey
+from parbake.app.labels import Labelled
 from parbake.app.plan import Placed, Plan
+from parbake.app.routes import RouteCounts
 from parbake.errors import NotReady, ParbakeError, by_code
 from parbake.logs import log
+from parbake.serving.observer import Foretold
 from parbake.serving.route import Route
 from parbake.serving.stats import Counts
 from parbake.settings import ServerSettings
@@ -156,8 +159,8 @@ class AllCounts(Struct, frozen=True, tag=True):
     log: LogRows | None = None
     clients: dict[str, int] = {}
     """Requests that were let in, by the name of their API key."""
-    routed: dict[str, dict[str, dict[str, int]]] = {}
-    """Of deployments that have or had a route: requests by version and by what decided for it."""
+    routes: RouteCounts = RouteCounts()
+    """Of deployments that have or had a route."""
 
 
 class GetProfiles(Struct, frozen=True, tag=True):
@@ -168,6 +171,27 @@ class Profiles(Struct, frozen=True, tag=True):
     """Reply to `GetProfiles`: per deployment what `TrafficProfile.from_bytes` reads."""
 
     profiles: dict[str, bytes] = {}
+
+
+class Foretell(Struct, frozen=True, tag=True):
+    """To the supervisor: predictions that labels may come for, by deployment; some there was no room for."""
+
+    predictions: dict[str, tuple[Foretold, ...]]
+    untold: int = 0
+
+
+class Label(Struct, frozen=True, tag=True):
+    """To the supervisor: what was true, of predictions of a deployment."""
+
+    deployment: str
+    labels: tuple[Labelled, ...]
+
+
+class LabelsTaken(Struct, frozen=True, tag=True):
+    """Reply to `Label`."""
+
+    accepted: int
+    unknown: int
 
 
 class GetMetrics(Struct, frozen=True, tag=True):
@@ -236,6 +260,9 @@ Message = (
     | AllCounts
     | GetProfiles
     | Profiles
+    | Foretell
+    | Label
+    | LabelsTaken
     | GetMetrics
     | Text
     | GetStatistics

@@ -19,6 +19,7 @@ from parbake.app.control import (
     Channel,
     Commit,
     Done,
+    Foretell,
     GetCounts,
     GetProfiles,
     HeadCounts,
@@ -79,6 +80,10 @@ _TEND_S: Final = 0.5
 _GIVE_BACK_S: Final = 0.1
 """Time from the release of a version to that of its memory."""
 
+_FORETELL_S: Final = 0.5
+_FORETELL_ROWS: Final = 10_000
+"""Most predictions of a deployment that are told at once."""
+
 _WANT_S: Final = 300.0
 """Longest that loading a model is waited for; callers have deadlines of their own."""
 
@@ -112,7 +117,7 @@ class Front:
         self._on_change = on_change
         self._slots: list[Slot] = []
         self._by_name: dict[str, list[ServedVersion]] = {}
-        self.routes = FrontRoutes()
+        self.routes = FrontRoutes(loop)
         self.routed = self.routes.routed
         """Deployments under a route, by name."""
         self._prepared: dict[int, list[Slot]] = {}
@@ -131,6 +136,7 @@ class Front:
         self.refused: dict[str, int] = {}
         self._giving_back: asyncio.TimerHandle | None = None
         self._tending: asyncio.Task[None] | None = None
+        self._foretelling: asyncio.Task[None] | None = None
         self._leasing = False
         """Whether this process is told of changes to tables."""
         self._monitor: Monitor | None = None
@@ -207,6 +213,8 @@ class Front:
         if isinstance(message, UseRoutes):
             if self.routes.use(message.routes, self._by_name):
                 self._on_change()
+            if self.routes.expects_labels and self._foretelling is None:
+                self._foretelling = self._loop.create_task(self._foretell())
             return Done()
         if isinstance(message, Ping):
             return Done()
@@ -225,6 +233,7 @@ class Front:
     async def drain(self) -> None:
         """Wait until nothing is pending."""
         self.draining = True
+        self.routes.close()
         for slot in self._slots:
             if slot.idling is not None:
                 slot.idling.cancel()
@@ -472,6 +481,18 @@ class Front:
                 # A model may be slow: nobody else's records get old while it runs.
                 if not self.draining and (slot.idling is None or slot.idling.done()):
                     slot.idling = self._loop.create_task(_use_idle_time(slot, warmer))
+
+    async def _foretell(self) -> None:
+        """Tell the supervisor what was predicted, where labels may come for it."""
+        while True:
+            await asyncio.sleep(_FORETELL_S)
+            predictions, untold = self.routes.foretold(_FORETELL_ROWS)
+            if (predictions or untold) and self.channel is not None:
+                try:
+                    # One at a time: a supervisor that is busy is not given more than it takes.
+                    await self.channel.call(Foretell(predictions, untold), _WANT_S)
+                except NotReady:
+                    return
 
     def _expire_in_time(self, slot: Slot) -> None:
         """Answer nothing from the table any more when the contract's freshness ends."""

@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 
 from parbake.app.control import AllCounts
 from parbake.monitoring.model import Traffic
+from parbake.serving.route import Route
 from parbake.serving.stats import BATCH_BOUNDS, BOUNDS_S, STAGES, Histogram, no_counts
 
 MOST_IN_DETAIL: Final = 100
@@ -79,6 +80,16 @@ class RoomsState:
     load_seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class RoutesState:
+    """The routes in force, and what became of labels and of the predictions that they may be for."""
+
+    routes: Sequence[Route]
+    labels_accepted: int
+    labels_unknown: int
+    predictions_untold: int
+
+
 def render(
     server: ServerState,
     versions: Sequence[VersionState],
@@ -86,10 +97,11 @@ def render(
     counts: AllCounts,
     traffic: Mapping[str, Traffic],
     rooms: RoomsState | None = None,
+    routes: RoutesState | None = None,
 ) -> str:
-    """Prometheus text format. ``rooms`` is None where no model is loaded on demand."""
+    """Prometheus text format. ``rooms`` is None where no model is loaded on demand, ``routes`` where none ever was."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Page(server, versions, runners, counts, traffic, rooms))
+    registry.register(_Page(server, versions, runners, counts, traffic, rooms, routes))
     return generate_latest(registry).decode()
 
 
@@ -102,8 +114,10 @@ class _Page(Collector):
         counts: AllCounts,
         traffic: Mapping[str, Traffic],
         rooms: RoomsState | None,
+        routes: RoutesState | None = None,
     ) -> None:
         self._rooms = rooms
+        self._routes = routes
         self._server = server
         self._versions = versions
         self._runners = runners
@@ -125,6 +139,7 @@ class _Page(Collector):
         yield from self._of_runners()
         yield from self._of_rooms()
         yield from self._of_requests()
+        yield from self._of_routes()
         yield from self._of_clients()
         yield from self._of_traffic()
         yield from self._of_log()
@@ -280,6 +295,76 @@ class _Page(Collector):
         yield taken
         yield GaugeMetricFamily("parbake_log_files", "Files of the prediction log.", rows.files)
         yield GaugeMetricFamily("parbake_log_bytes", "Size of the prediction log.", rows.bytes)
+
+    def _of_routes(self) -> Iterator[Metric]:
+        state, counts = self._routes, self._counts.routes
+        if state is None:
+            return
+        weight = GaugeMetricFamily(
+            "parbake_route_weight", "Share of the keys that a version has by its weight.", labels=_LABELS
+        )
+        revision = GaugeMetricFamily(
+            "parbake_route_revision", "Number of the route in force.", labels=("deployment",)
+        )
+        for route in state.routes:
+            revision.add_metric([route.deployment], route.revision)
+            for arm in route.arms:
+                share = float(arm.version == route.champion) if route.killed else arm.weight
+                weight.add_metric([route.deployment, arm.version], share)
+        yield weight
+        yield revision
+        requests = CounterMetricFamily(
+            "parbake_routed_requests",
+            "Requests that a route gave to a version, by reason (weights, rule, kill, absent); rescued are those of "
+            "them that the champion answered in its place.",
+            labels=(*_LABELS, "reason"),
+        )
+        for name, versions in counts.requests.items():
+            for version, reasons in versions.items():
+                for reason, count in reasons.items():
+                    requests.add_metric([name, version, reason], count)
+        yield requests
+        copies = CounterMetricFamily(
+            "parbake_shadow_requests",
+            "Copies of requests for a version that shadows: answered, failed, dropped.",
+            labels=(*_LABELS, "outcome"),
+        )
+        rows = CounterMetricFamily(
+            "parbake_shadow_rows",
+            "Rows that were compared, by whether the answers agree.",
+            labels=(*_LABELS, "same"),
+        )
+        difference = CounterMetricFamily(
+            "parbake_shadow_difference",
+            "Sum of the absolute differences of the numbers compared.",
+            labels=_LABELS,
+        )
+        values = CounterMetricFamily("parbake_shadow_values", "Numbers that were compared.", labels=_LABELS)
+        for name, shadows in counts.shadows.items():
+            for version, seen in shadows.items():
+                for outcome in ("answered", "failed", "dropped"):
+                    copies.add_metric([name, version, outcome], getattr(seen, outcome))
+                rows.add_metric([name, version, "yes"], seen.same_rows)
+                rows.add_metric([name, version, "no"], seen.rows - seen.same_rows)
+                difference.add_metric([name, version], seen.difference)
+                values.add_metric([name, version], seen.values)
+        yield copies
+        yield rows
+        yield difference
+        yield values
+        labels = CounterMetricFamily(
+            "parbake_labels",
+            "Labels by outcome: accepted, unknown (no prediction was found).",
+            labels=("outcome",),
+        )
+        labels.add_metric(["accepted"], state.labels_accepted)
+        labels.add_metric(["unknown"], state.labels_unknown)
+        yield labels
+        yield CounterMetricFamily(
+            "parbake_predictions_untold",
+            "Predictions that no label can find, because there was no room for them.",
+            state.predictions_untold,
+        )
 
     def _of_clients(self) -> Iterator[Metric]:
         if not self._counts.clients:

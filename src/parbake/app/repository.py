@@ -5,8 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from parbake.app.control import AllCounts, GetMetrics, GetStatistics, Load, Message, Text, Unload
+from parbake.app.control import (
+    AllCounts,
+    GetMetrics,
+    GetStatistics,
+    Label,
+    LabelsTaken,
+    Load,
+    Message,
+    Text,
+    Unload,
+)
 from parbake.app.front import Front
+from parbake.app.labels import Labelled
 from parbake.contract.model import NAME_PATTERN
 from parbake.errors import ModelNotFound, NotReady
 from parbake.serving.service import ServedVersion
@@ -54,6 +65,11 @@ class Repository:
         """What all fronts have counted since the start. Raises `NotReady`."""
         reply = await self._ask(GetStatistics())
         return reply if isinstance(reply, AllCounts) else AllCounts(())
+
+    async def label(self, name: str, labels: tuple[Labelled, ...]) -> LabelsTaken:
+        """Have labels joined to the predictions of a deployment. Raises `Conflict`, `InvalidInput`, `NotReady`."""
+        reply = await self._ask(Label(name, labels))
+        return reply if isinstance(reply, LabelsTaken) else LabelsTaken(0, len(labels))
 
     async def metrics(self) -> str:
         """The page for Prometheus. Raises `NotReady`."""

@@ -2,36 +2,63 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Final
 
 import msgspec
 from msgspec import Struct
 
+from parbake.contract.bundle import StoredBundle
 from parbake.contract.model import Contract
-from parbake.errors import Conflict, InvalidInput, ParbakeError
+from parbake.contract.tensors import as_text
+from parbake.errors import Conflict, InvalidInput, ParbakeError, SettingsError
 from parbake.logs import log
-from parbake.serving.route import Route, check_served
-from parbake.serving.routed import Routed
+from parbake.runtime.observation import Observation
+from parbake.serving.observer import Foretold, default_bins, watched
+from parbake.serving.route import Arm, Route, Rule, Shadow, Watch, check_served
+from parbake.serving.routed import Role, Routed, Told
 from parbake.serving.service import ServedVersion
+from parbake.serving.shadow import ShadowCounts, Shadows
 
 _KEPT: Final = 100
 """Revisions of a route that are remembered."""
 
-RoutedCounts = dict[str, dict[str, dict[str, int]]]
-"""Requests by deployment, version and what decided."""
+_RULE: Final = "for example '4: header.x-group=beta|inner, column.plan=gold, share=10%'"
+
+
+class Observed(Struct, frozen=True):
+    """What one version did under a route. ``since`` is the revision at which it began to be watched like this."""
+
+    deployment: str
+    version: str
+    role: Role
+    since: int
+    observation: Observation
+
+
+class RouteCounts(Struct, frozen=True):
+    """What came of the routes in one front, or in all."""
+
+    requests: dict[str, dict[str, dict[str, int]]] = {}
+    """By deployment, version and what decided."""
+    shadows: dict[str, dict[str, ShadowCounts]] = {}
+    """By deployment and version."""
+    observed: tuple[Observed, ...] = ()
 
 
 class FrontRoutes:
-    """What one front does with routes."""
+    """What one front does with routes. ``loop`` is its event loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._routes: dict[str, Route] = {}
         self.routed: dict[str, Routed] = {}
         """Deployments under a route, by name. Always the same dict."""
-        self._counts: dict[str, Counter[tuple[str, str]]] = {}
+        self._told: dict[str, Told] = {}
+        self._loop = loop
+        self._shadows = Shadows(loop)
 
     def use(self, routes: Sequence[Route], served: Mapping[str, Sequence[ServedVersion]]) -> bool:
         """Follow these routes, all that there are; whether a deployment got its first route or lost its last."""
@@ -53,21 +80,51 @@ class FrontRoutes:
         for name in self._routes:
             self._begin(name, served)
 
-    def counts(self) -> RoutedCounts:
-        """Requests that were routed since the start."""
-        found: RoutedCounts = {}
-        for name, counter in self._counts.items():
-            for (version, why), count in counter.items():
-                found.setdefault(name, {}).setdefault(version, {})[why] = count
-        return found
+    def close(self) -> None:
+        """Ask no shadow any more."""
+        self._shadows.close()
+
+    def counts(self) -> RouteCounts:
+        """What came of the routes since the start, and of what is watched since it was last changed."""
+        requests: dict[str, dict[str, dict[str, int]]] = {}
+        observed: list[Observed] = []
+        for name, told in self._told.items():
+            for (version, why), count in told.counts.items():
+                requests.setdefault(name, {}).setdefault(version, {})[why] = count
+            for (version, role), observer in told.observers.items():
+                observed.append(Observed(name, version, role, told.since, observer.observation()))
+        shadows = {name: told.shadows for name, told in self._told.items() if told.shadows}
+        return RouteCounts(requests, shadows, tuple(observed))
+
+    def foretold(self, most: int) -> tuple[dict[str, tuple[Foretold, ...]], int]:
+        """Take out predictions that labels may come for, by deployment, and how many there was no room for."""
+        found: dict[str, tuple[Foretold, ...]] = {}
+        untold = 0
+        for name, told in self._told.items():
+            taken: list[Foretold] = []
+            for observer in told.observers.values():
+                observer.fold()
+                waiting = observer.foretold
+                taken += [waiting.popleft() for _ in range(min(len(waiting), most - len(taken)))]
+                untold += observer.untold
+                observer.untold = 0
+            if taken:
+                found[name] = tuple(taken)
+        return found, untold
+
+    @property
+    def expects_labels(self) -> bool:
+        """Whether any predictions have to be told on."""
+        return any(route.watch is not None and route.watch.loss for route in self._routes.values())
 
     def _begin(self, name: str, served: Mapping[str, Sequence[ServedVersion]]) -> None:
         versions = {version.version: version for version in served.get(name, ())}
         if not versions:
             # Unloaded: the route waits for it.
             return
+        told = self._told.setdefault(name, Told())
         try:
-            self.routed[name] = Routed(self._routes[name], versions, self._counts.setdefault(name, Counter()))
+            self.routed[name] = Routed(self._routes[name], versions, told, self._shadows, self._loop)
         except ParbakeError as error:
             # It was fit for the versions before; the last one answers, as without a route.
             log().error("route.unfit", deployment=name, error=error.message)
@@ -104,6 +161,9 @@ class RouteStatus(Struct, frozen=True):
     requests: dict[str, dict[str, int]] = {}
     """By version, and by what decided: weights, rule, kill, absent; ``rescued`` are those that the champion answered
     in its place."""
+    shadows: dict[str, ShadowCounts] = {}
+    """By version."""
+    observed: tuple[Observed, ...] = ()
 
 
 class RouteBook:
@@ -116,6 +176,11 @@ class RouteBook:
     def in_force(self) -> tuple[Route, ...]:
         """All routes."""
         return tuple(r[-1].route for r in self._revisions.values() if r[-1].route is not None)
+
+    @property
+    def any_ever(self) -> bool:
+        """Whether there is or was a route."""
+        return bool(self._revisions)
 
     def get(self, name: str) -> Route | None:
         """The route of a deployment."""
@@ -157,13 +222,122 @@ class RouteBook:
         del self._revisions[name][:-_KEPT]
 
 
-def add_routed(parts: Sequence[RoutedCounts]) -> RoutedCounts:
-    """The sum of several fronts' counts."""
-    total: RoutedCounts = {}
+def weights_of(text: str) -> tuple[Arm, ...]:
+    """``3=0.9,4=0.1`` or ``3=90%,4=10%`` as weights. Raises `SettingsError`."""
+    arms: list[Arm] = []
+    for part in text.split(","):
+        version, _, share = part.strip().partition("=")
+        arms.append(Arm(version.strip(), _share(share, part)))
+    return tuple(arms)
+
+
+def shadow_of(text: str) -> Shadow:
+    """``4`` or ``4=10%`` as a shadow. Raises `SettingsError`."""
+    version, given, share = text.strip().partition("=")
+    try:
+        return Shadow(version.strip(), _share(share, text) if given else 1.0)
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+
+
+def rule_of(text: str) -> Rule:
+    """``4: header.x-group=beta|inner, column.plan=gold, share=10%, after=2026-11-21T08:00Z`` as a rule.
+
+    Raises `SettingsError`.
+    """
+    version, given, conditions = text.partition(":")
+    if not given:
+        raise SettingsError(f"no version in the rule {text[:80]!r}", hint=_RULE)
+    named: dict[str, dict[str, tuple[str, ...]]] = {"header": {}, "parameter": {}, "column": {}}
+    times: dict[str, float | None] = {"after": None, "before": None}
+    share: float | None = None
+    for part in conditions.split(","):
+        name, has_value, value = (word.strip() for word in part.partition("="))
+        kind, _, of = name.partition(".")
+        if kind in named and of:
+            named[kind][of] = tuple(v.strip() for v in value.split("|")) if has_value else ()
+        elif name == "share":
+            share = _share(value, part)
+        elif name in times:
+            times[name] = _moment(value)
+        else:
+            raise SettingsError(f"no condition {part.strip()[:80]!r} for a rule", hint=_RULE)
+    try:
+        return Rule(
+            version.strip(),
+            named["header"],
+            named["parameter"],
+            named["column"],
+            share,
+            times["after"],
+            times["before"],
+        )
+    except ValueError as error:
+        raise SettingsError(str(error), hint=_RULE) from error
+
+
+def _share(text: str, part: str) -> float:
+    text = text.strip()
+    try:
+        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError as error:
+        raise SettingsError(
+            f"no share in {part.strip()[:80]!r}", hint="write VERSION=0.1 or VERSION=10%"
+        ) from error
+
+
+def _moment(text: str) -> float:
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise SettingsError(
+            f"{text[:40]!r} is no time",
+            hint="write 2026-11-21T08:00:00+00:00, or without a zone for local time",
+        ) from error
+    return moment.timestamp()
+
+
+def add_counts(parts: Sequence[RouteCounts]) -> RouteCounts:
+    """The sum of several fronts' counts; of what is watched, only what is watched as it was last."""
+    requests: dict[str, dict[str, dict[str, int]]] = {}
+    shadows: dict[str, dict[str, ShadowCounts]] = {}
+    latest: dict[str, int] = {}
+    observed: dict[tuple[str, str, Role], Observed] = {}
     for part in parts:
-        for name, versions in part.items():
+        for name, versions in part.requests.items():
             for version, reasons in versions.items():
-                mine = total.setdefault(name, {}).setdefault(version, {})
+                mine = requests.setdefault(name, {}).setdefault(version, {})
                 for why, count in reasons.items():
                     mine[why] = mine.get(why, 0) + count
-    return total
+        for name, counts in part.shadows.items():
+            for version, count_of in counts.items():
+                shadows.setdefault(name, {}).setdefault(version, ShadowCounts()).add(count_of)
+        for item in part.observed:
+            latest[item.deployment] = max(latest.get(item.deployment, 0), item.since)
+    for part in parts:
+        for item in part.observed:
+            if item.since != latest[item.deployment]:
+                continue
+            place = (item.deployment, item.version, item.role)
+            before = observed.get(place)
+            if before is not None:
+                total = before.observation.add(item.observation)
+                item = msgspec.structs.replace(item, observation=total)
+            observed[place] = item
+    return RouteCounts(requests, shadows, tuple(observed.values()))
+
+
+def default_watch(watch: Watch, bundle: StoredBundle) -> Watch:
+    """A watch with bins, by what the champion's goldens are. Raises `InvalidInput`."""
+    if watch.bins is not None:
+        return watch
+    position, spec = watched(bundle.contract, watch.output)
+    del position
+    values = bundle.goldens().outputs[spec.name]
+    flat = values.reshape(len(values), -1)
+    column = (
+        as_text(flat[:, :1])
+        if spec.datatype == "BYTES"
+        else flat[:, min(watch.place, flat.shape[1] - 1) :][:, :1]
+    )
+    return msgspec.structs.replace(watch, bins=default_bins(spec, column.reshape(-1).tolist()))

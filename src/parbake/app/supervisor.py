@@ -29,11 +29,14 @@ from parbake.app.control import (
     Configure,
     Done,
     Drain,
+    Foretell,
     GetCounts,
     GetMetrics,
     GetProfiles,
     GetStatistics,
     HeadCounts,
+    Label,
+    LabelsTaken,
     Load,
     LogRows,
     Message,
@@ -51,12 +54,14 @@ from parbake.app.control import (
     Wedged,
 )
 from parbake.app.keys import read_keys
+from parbake.app.labels import Labelled, LabelStore
 from parbake.app.plan import Placed, Plan, PlanEntry
 from parbake.app.rooms import RoomModel, Rooms
-from parbake.app.routes import RouteBook, RouteChange, RouteStatus, add_routed
+from parbake.app.routes import RouteBook, RouteChange, RouteStatus, default_watch
+from parbake.app.routes import add_counts as add_route_counts
 from parbake.app.wiring import TableFacts, open_table, table_facts
 from parbake.contract.bundle import StoredBundle, read_bundle
-from parbake.contract.model import TensorSpec
+from parbake.contract.model import Contract, TensorSpec
 from parbake.contract.signatures import check_signed, read_trusted
 from parbake.errors import (
     BundleError,
@@ -245,6 +250,7 @@ class Supervisor:
         """Restarts of runners that are no longer there."""
         self._why: dict[str, str] = {}
         self._routes = RouteBook()
+        self._labels = LabelStore()
         self._plan = Plan(0)
         self._placed: dict[tuple[str, str], Placed] = {}
         self._bundles: dict[tuple[str, str], StoredBundle] = {}
@@ -415,7 +421,14 @@ class Supervisor:
             if not contracts:
                 raise self._no_deployment(name)
             revision = self._routes.plan(name, change, contracts)
+            if (route := revision.route) is not None and route.watch is not None:
+                bundle = self._bundles[(name, route.champion)]
+                watch = await asyncio.to_thread(default_watch, route.watch, bundle)
+                revision = msgspec.structs.replace(
+                    revision, route=msgspec.structs.replace(route, watch=watch)
+                )
             self._routes.enter(name, revision)
+            self._labels.watch(self._routes.in_force)
             await self._tell_all(UseRoutes(self._routes.in_force))
             log().info("route.changed", deployment=name, revision=revision.revision)
         return await self.route(name)
@@ -425,8 +438,34 @@ class Supervisor:
         revisions = self._routes.revisions(name)
         if not revisions and all(entry.name != name for entry in self._plan.entries):
             raise self._no_deployment(name)
-        counts = await self.counts()
-        return RouteStatus(name, self._routes.get(name), revisions, counts.routed.get(name, {}))
+        counts = (await self.counts()).routes
+        observed = tuple(item for item in counts.observed if item.deployment == name)
+        return RouteStatus(
+            name,
+            self._routes.get(name),
+            revisions,
+            counts.requests.get(name, {}),
+            counts.shadows.get(name, {}),
+            tuple(self._labels.labelled(item) for item in observed),
+        )
+
+    def contract(self, name: str) -> Contract:
+        """The contract of a deployment: of the champion of its route, or else of its last version.
+
+        Raises `ModelNotFound`.
+        """
+        mine = {version: bundle.contract for (n, version), bundle in self._bundles.items() if n == name}
+        if not mine:
+            raise self._no_deployment(name)
+        route = self._routes.get(name)
+        return mine.get(route.champion if route is not None else "") or list(mine.values())[-1]
+
+    def label(self, name: str, labels: Sequence[Labelled]) -> tuple[int, int]:
+        """Join labels to the predictions of a deployment: how many found theirs, and how many did not.
+
+        Raises `Conflict`, `InvalidInput`.
+        """
+        return self._labels.take(name, labels)
 
     def _no_deployment(self, name: str) -> ModelNotFound:
         names = ", ".join(dict.fromkeys(t.name for t in self._targets))
@@ -1037,6 +1076,11 @@ class Supervisor:
             return Text(await self.metrics())
         if isinstance(message, GetStatistics):
             return await self.counts()
+        if isinstance(message, Foretell):
+            self._labels.foretold(message.predictions, message.untold)
+            return Done()
+        if isinstance(message, Label):
+            return LabelsTaken(*self.label(message.deployment, message.labels))
         if isinstance(message, Load):
             await self.set_loaded(message.name, loaded=True)
             return Done()
@@ -1084,7 +1128,14 @@ class Supervisor:
     async def metrics(self) -> str:
         """The page for Prometheus."""
         # Not needed to start, and a start should be quick.
-        from parbake.app.metrics import MOST_IN_DETAIL, RunnerState, ServerState, VersionState, render
+        from parbake.app.metrics import (
+            MOST_IN_DETAIL,
+            RoutesState,
+            RunnerState,
+            ServerState,
+            VersionState,
+            render,
+        )
 
         counts = await self.counts()
         versions = [
@@ -1107,9 +1158,18 @@ class Supervisor:
         # What a profile says takes milliseconds to work out: of very many it would hold up those who want answers.
         few = len(self._rooms.models) <= MOST_IN_DETAIL
         traffic = {name: report.traffic for name, report in (await self.traffic()).items()} if few else {}
+        labels = self._labels
+        routes = RoutesState(self._routes.in_force, labels.accepted, labels.unknown, labels.untold)
         # With many models it takes a while, in which others want something too.
         return await asyncio.to_thread(
-            render, state, versions, runners, counts, traffic, self._rooms.metrics()
+            render,
+            state,
+            versions,
+            runners,
+            counts,
+            traffic,
+            self._rooms.metrics(),
+            routes if self._routes.any_ever else None,
         )
 
     def _runners_of(self, identity: tuple[str, str]) -> list[Runner]:
@@ -1312,9 +1372,9 @@ def add_counts(parts: Sequence[AllCounts]) -> AllCounts:
             clients[client] = clients.get(client, 0) + count
     logs = [part.log for part in parts if part.log is not None]
     rows = functools.reduce(LogRows.plus, logs) if logs else None
-    routed = add_routed([part.routed for part in parts])
+    routes = add_route_counts([part.routes for part in parts])
     return AllCounts(
-        tuple(merged.values()), sum(part.connections for part in parts), refused, rows, clients, routed
+        tuple(merged.values()), sum(part.connections for part in parts), refused, rows, clients, routes
     )
 
 

@@ -29,6 +29,8 @@ COMMANDS: Final = {
     "inventory": ("parbake.cli.inventory", "Show every model: where it runs, on what, whose it is."),
     "matrix": ("parbake.cli.matrix", "Say which environments can run which bundles."),
     "mode": ("parbake.cli.mode", "Change how a deployment answers, while it serves."),
+    "route": ("parbake.cli.route", "Show or change which version of a deployment answers what."),
+    "labels": ("parbake.cli.labels", "Send what turned out to be true, for versions that are compared."),
     "advise": ("parbake.cli.advise", "Say which way of serving is right, and what each would cost."),
     "history": ("parbake.cli.history", "Show who released what when, and why."),
     "keys": ("parbake.cli.keys", "Make, list and remove the API keys of a server's clients."),

@@ -12,8 +12,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import blake2b
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
+import msgspec
 import numpy as np
 from msgspec import Struct
 
@@ -22,9 +23,13 @@ from parbake.contract.model import Contract, TensorSpec
 from parbake.contract.tensors import Shape, row_slices
 from parbake.errors import InvalidInput, SettingsError
 from parbake.names import Name
+from parbake.runtime.observation import Bins
 
 Kind = Literal["canary", "ab", "bandit"]
 Why = Literal["weights", "rule", "kill", "absent"]
+Loss = Literal["", "squared", "absolute", "zero_one", "reward"]
+"""``squared`` and ``absolute`` difference; ``zero_one``: 1 where they differ; ``reward``: 1 less the label, whatever
+was predicted: the label says what it was good for, from 0 to 1."""
 
 _SUM_TOLERANCE: Final = 1e-6
 _MOST_ARMS: Final = 16
@@ -89,6 +94,23 @@ class Shadow(Struct, frozen=True, forbid_unknown_fields=True):
             )
 
 
+class Watch(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What is counted of each version under a route, so that they can be compared."""
+
+    output: str = ""
+    """Name of the output whose values are counted; "" for the first."""
+    place: int = 0
+    """Which of its elements, where it has several."""
+    bins: Bins | None = None
+    """How its values are counted; by default as the champion's goldens lie."""
+    segment: str = ""
+    """Input, or column of a matrix, by whose values rows are counted apart."""
+    loss: Loss = ""
+    """How a prediction is held against its label; "" where none are expected."""
+    labels_s: Annotated[float, msgspec.Meta(gt=0)] = 24 * 3600.0
+    """How long a label is waited for."""
+
+
 class Route(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """How the requests of one deployment that name no version are shared out."""
 
@@ -108,6 +130,8 @@ class Route(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True)
     """Time after which the champion is asked in place of another version."""
     rescue: bool = True
     """Whether the champion answers where another version fails."""
+    watch: Watch | None = None
+    """What is counted of each version; None counts requests only."""
     revision: int = 0
     """Counts the changes of the route; given by the server."""
 
@@ -208,7 +232,7 @@ class Chooser:
         if self._sticky:
             found = (hints.headers if self._by_header else hints.parameters).get(self._sticky)
             if found is not None:
-                return _text(found).encode()
+                return words(found).encode()
         return row.key
 
     def shadows(self, row: Row, answered: str) -> list[str]:
@@ -264,7 +288,9 @@ class Column:
 
     def first(self, raws: Sequence[bytes]) -> bytes:
         """The raw bytes of the first row's value; nothing where the input was left out."""
-        raw = raws[self.position]
+        return self._in(raws[self.position])
+
+    def _in(self, raw: bytes) -> bytes:
         if self._size:
             return raw[self._place * self._size : (self._place + 1) * self._size]
         at = 0
@@ -272,12 +298,19 @@ class Column:
             at += 4 + int.from_bytes(raw[at : at + 4], "little")
         return raw[at : at + 4 + int.from_bytes(raw[at : at + 4], "little")]
 
+    def each(self, raws: Sequence[bytes], rows: int) -> list[bytes]:
+        """The raw bytes of each row's value."""
+        raw = raws[self.position]
+        if rows == 1 or not raw:
+            return [self.first(raws)] * rows
+        return [self._in(row) for row in row_slices(raw, self.spec.datatype, rows, self.spec.elements)]
+
     def text(self, value: bytes) -> str:
         """Raw bytes of a value as a person writes it."""
         if not self._size:
             return value[4:].decode(errors="replace")
         (number,) = np.frombuffer(value, NUMPY[self.spec.datatype]).tolist()
-        return _text(number)
+        return words(number)
 
     def _packed(self, value: str) -> bytes:
         if not self._size:
@@ -313,6 +346,15 @@ def bandit_weights(
     return {version: float(share) for version, share in zip(versions, best, strict=True)}
 
 
+def words(value: Any) -> str:
+    """A value as a person writes it: whole numbers without a point."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value)
+
+
 def first_row(contract: Contract, raws: Sequence[bytes], rows: int, shapes: Sequence[Shape]) -> list[bytes]:
     """The raw bytes of a request's first row, by input."""
     if rows == 1:
@@ -341,16 +383,7 @@ def _draw(begun: Any, key: bytes) -> float:
 
 
 def _among(value: Any, values: frozenset[str]) -> bool:
-    return value is not None and (not values or _text(value) in values)
-
-
-def _text(value: Any) -> str:
-    """A value as a person writes it: whole numbers without a point."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return str(value)
+    return value is not None and (not values or words(value) in values)
 
 
 def _locate(contract: Contract, name: str) -> tuple[int, TensorSpec, int]:

@@ -9,15 +9,21 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Final
+from typing import Final, Literal
 
-from parbake.errors import ParbakeError
+from parbake.errors import DeadlineExceeded, ParbakeError
+from parbake.logs import log
+from parbake.runtime.batcher import Scheduler, Timer
 from parbake.serving.fallback import RESCUED, Asked
 from parbake.serving.model import Answer
-from parbake.serving.route import NO_HINTS, Chooser, Hints, Route, Row, first_row
+from parbake.serving.observer import Observer
+from parbake.serving.route import NO_HINTS, Chooser, Hints, Route, Row, Watch, first_row
 from parbake.serving.service import ServedVersion
+from parbake.serving.shadow import Copy, ShadowCounts, Shadows
 
+Role = Literal["answers", "shadow"]
 Replied = Callable[[ServedVersion, Answer | ParbakeError], None]
 
 _CHAMPION: Final = "champion"
@@ -25,26 +31,53 @@ _SHARE: Final = 0.1
 """Part of the deadline that the champion gets at least where another version was asked before it."""
 
 
+@dataclass(slots=True)
+class Told:
+    """What is counted of one deployment under a route, in one front; it outlives changes of plan."""
+
+    counts: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """Requests by version and what decided for it, or ``rescued`` where the champion answered in its place."""
+    shadows: dict[str, ShadowCounts] = field(default_factory=dict)
+    observers: dict[tuple[str, Role], Observer] = field(default_factory=dict)
+    """By version and role: those who answer and those who shadow are asked different things."""
+    watch: Watch | None = None
+    since: int = 0
+    """Revision of the route at which it began to be watched like this."""
+
+
 class Routed:
     """The versions of one deployment and the route between them. Raises `SettingsError`."""
 
     def __init__(
-        self, route: Route, versions: Mapping[str, ServedVersion], counts: Counter[tuple[str, str]]
+        self,
+        route: Route,
+        versions: Mapping[str, ServedVersion],
+        told: Told,
+        shadows: Shadows,
+        loop: Scheduler,
     ) -> None:
-        self.counts = counts
-        """Requests by version and what decided for it, or ``rescued`` where the champion answered in its place."""
+        self._loop = loop
+        self._told = told
+        self._shadows = shadows
         self.use(route, versions)
 
     def use(self, route: Route, versions: Mapping[str, ServedVersion]) -> None:
         """Follow another route from now on; what is under way goes its way."""
         champion = versions.get(route.champion) or list(versions.values())[-1]
         chooser = Chooser(route, champion.contract, time.time)
+        told = self._told
+        if route.watch != told.watch:
+            told.observers.clear()
+            told.watch, told.since = route.watch, route.revision
         self.route = route
         self.versions = dict(versions)
         self.champion = champion
         self.reader = max(versions.values(), key=lambda served: (len(served.needed), served is champion))
         """The version that requests are read for: static mode needs less of them than the others."""
         self.chooser = chooser
+        for (version, _), observer in told.observers.items():
+            if version in self.versions:
+                observer.look_at(self.versions[version])
 
     def choose(self, asked: Asked, hints: Hints = NO_HINTS) -> tuple[ServedVersion, Row]:
         """The version that answers a request, and its first row."""
@@ -56,25 +89,49 @@ class Routed:
         if served is None or served.closed:
             # Unloaded meanwhile; the champion is there as long as the deployment is.
             served, why = champion, "absent"
-        self.counts[served.version, why] += 1
+        self._told.counts[served.version, why] += 1
         return served, row
 
-    def predict(self, asked: Asked, done: Replied, hints: Hints = NO_HINTS) -> None:
+    def predict(self, asked: Asked, done: Replied, hints: Hints = NO_HINTS, request_id: str = "") -> None:
         """Have a request answered; ``done`` is called once, now or later, with the version that answered or failed."""
-        served, _ = self.choose(asked, hints)
-        champion, route = self.champion, self.route
-        rescues = route.rescue and served is not champion
+        served, row = self.choose(asked, hints)
+        route, observer = self.route, self.observer(served)
+        rescues = route.rescue and served is not self.champion
         deadline = asked.deadline
-        if route.timeout_ms is not None and served is not champion:
-            deadline = min(deadline, asked.arrived + route.timeout_ms / 1000)
+        timer: Timer | None = None
+        settled = False
 
         def finished(result: Answer | ParbakeError) -> None:
-            if rescues and isinstance(result, RESCUED) and not (asked.caller and asked.caller.closed):
-                self._rescue(served, result, asked, done)
+            nonlocal settled
+            if settled:
+                # Too late: the champion has been asked.
+                return
+            settled = True
+            if timer is not None:
+                timer.cancel()
+            if isinstance(result, ParbakeError):
+                if observer is not None:
+                    observer.failed()
+                if rescues and isinstance(result, RESCUED) and not (asked.caller and asked.caller.closed):
+                    self._rescue(served, result, asked, done)
+                else:
+                    done(served, result)
                 return
             done(served, result)
+            try:
+                if observer is not None:
+                    self._observe(observer, asked, result, request_id)
+                if route.shadows:
+                    self._mirror(served, row, asked, result)
+            except Exception:
+                # The caller has the answer.
+                log().exception("route.not_observed", deployment=route.deployment)
 
         try:
+            if route.timeout_ms is not None and served is not self.champion:
+                limit_s = route.timeout_ms / 1000
+                deadline = min(deadline, asked.arrived + limit_s)
+                timer = self._loop.call_later(limit_s, lambda: finished(_timed_out(served, limit_s)))
             answer = served.predict(
                 asked.raws,
                 asked.rows,
@@ -92,10 +149,30 @@ class Routed:
         if answer is not None:
             finished(answer)
 
+    def observer(self, served: ServedVersion, role: Role = "answers") -> Observer | None:
+        """Who observes a version; None where nothing is watched."""
+        told, watch = self._told, self.route.watch
+        if watch is None or watch.bins is None:
+            return None
+        found = told.observers.get((served.version, role))
+        if found is None:
+            found = told.observers[served.version, role] = Observer(
+                served, watch, watch.bins, shadow=role == "shadow"
+            )
+        return found
+
+    def _observe(self, observer: Observer, asked: Asked, answer: Answer, request_id: str) -> None:
+        if answer.fallback:
+            # Something answered, but not this version.
+            observer.failed()
+        else:
+            seconds = perf_counter() - asked.arrived
+            observer.answered(seconds, asked.raws, asked.rows, asked.shapes, answer, request_id)
+
     def _rescue(self, served: ServedVersion, error: ParbakeError, asked: Asked, done: Replied) -> None:
         """Have the champion answer in place of a version that failed."""
         champion = self.champion
-        self.counts[served.version, "rescued"] += 1
+        self._told.counts[served.version, "rescued"] += 1
         served.rescued(asked, error.code)
 
         def finished(result: Answer | ParbakeError) -> None:
@@ -121,3 +198,22 @@ class Routed:
             return
         if answer is not None:
             finished(answer)
+
+    def _mirror(self, served: ServedVersion, row: Row, asked: Asked, answer: Answer) -> None:
+        """Have the shadows asked the same, some time."""
+        for version in self.chooser.shadows(row, served.version):
+            counts = self._told.shadows.setdefault(version, ShadowCounts())
+            shadow = self.versions.get(version)
+            if shadow is None or answer.fallback:
+                counts.dropped += 1
+                continue
+            observer = self.observer(shadow, "shadow")
+            self._shadows.offer(
+                Copy(shadow, asked.raws, asked.rows, asked.shapes, served, answer, counts, observer)
+            )
+
+
+def _timed_out(served: ServedVersion, limit_s: float) -> DeadlineExceeded:
+    return DeadlineExceeded(
+        f"version {served.version} of {served.name!r} took longer than the {limit_s * 1e3:g} ms that its route gives it"
+    )

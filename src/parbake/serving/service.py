@@ -237,9 +237,25 @@ class ServedVersion:
 
     def first_key(self, raws: Sequence[bytes], shapes: tuple[Shape, ...]) -> bytes:
         """The key of one row, as the contract makes it."""
-        if self.contract.key.rounding:
-            raws = self._rounded(raws, 1, shapes)
-        return self.keys.of(raws, 1, shapes)[0]
+        return self.keys.of(self.rounded(raws, 1, shapes), 1, shapes)[0]
+
+    def rounded(self, raws: Sequence[bytes], rows: int, shapes: tuple[Shape, ...]) -> Sequence[bytes]:
+        """The inputs as keys and model see them."""
+        return self._rounded(raws, rows, shapes) if self.contract.key.rounding else raws
+
+    def baked(self, raws: Sequence[bytes], rows: int, shapes: tuple[Shape, ...]) -> Answer | None:
+        """The answer to rounded rows without the model, or None where one has to be asked. Raises `ParbakeError`."""
+        get = self._table_get if self._row_keys is not None else self.get
+        if get is None:
+            return None
+        keys = self.keys.of(raws, rows, shapes)
+        records = [get(key) for key in keys]
+        if self.mode == "static":
+            known = [
+                self._unknown(keys[i], i) if record is None else record for i, record in enumerate(records)
+            ]
+            return self.together(known, rows)
+        return None if None in records else self.together(records, rows)
 
     def where_baked(self, key: bytes) -> int:
         """The code of where a baked row was answered."""

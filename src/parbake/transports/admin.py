@@ -8,6 +8,7 @@ POST   /admin/models/NAME/unload    unload it
 GET    /admin/inventory             what is served or could be, on what, whose it is
 GET    /admin/routes/NAME           how the requests of a deployment are shared out, and what came of it
 POST   /admin/routes/NAME           change it: ``{"route"}``, ``{"killed"}`` or ``{"remove": true}``, and ``revision``
+POST   /admin/labels/NAME           labels, as ``POST /v2/models/NAME/labels`` on the serving port has them
 GET    /admin/traffic               cardinality, peakedness and coverage curve by deployment
 GET    /metrics                     as on the serving port
 GET    /admin/health                no token needed
@@ -28,6 +29,7 @@ from parbake.app.supervisor import Change, Supervisor
 from parbake.errors import NotAllowed, ParbakeError, RouteNotFound, SettingsError
 from parbake.settings import ServerSettings
 from parbake.transports.http.endpoint import fail_unexpectedly
+from parbake.transports.http.labels import read_labels
 from parbake.transports.http.oip import decode_json
 from parbake.transports.http.protocol import JSON, Exchange, HttpProtocol, Limits, Site, allow
 
@@ -129,6 +131,11 @@ class _Admin:
                     return msgspec.json.encode(await self._supervisor.route(name)), JSON
                 change = decode_json(msgspec.json.Decoder(RouteChange), exchange.body)
                 return msgspec.json.encode(await self._supervisor.set_route(name, change)), JSON
+            case ["admin", "labels", name]:
+                allow(exchange, b"POST")
+                name, labels = read_labels(self._supervisor.contract, exchange.body, name)
+                accepted, unknown = self._supervisor.label(name, labels)
+                return msgspec.json.encode({"accepted": accepted, "unknown": unknown}), JSON
             case ["admin", "models", name, ("load" | "unload") as action]:
                 allow(exchange, b"POST")
                 await self._supervisor.set_loaded(name, action == "load")

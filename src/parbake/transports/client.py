@@ -19,8 +19,11 @@ from parbake.transports import statefile
 if TYPE_CHECKING:
     from parbake.app.inventory import ServerInventory
     from parbake.app.traffic import TrafficReport
+    from parbake.transports.http.labels import GivenLabel
 
 _TIMEOUT_S: Final = 300.0
+_LABELS: Final = 1000
+"""Labels in one request."""
 
 
 def reload(
@@ -73,6 +76,22 @@ def set_route(
     body = msgspec.json.encode(change)
     reply = _call("POST", f"/admin/routes/{name}", body, port=port, admin_url=admin_url, token=token)
     return msgspec.json.decode(reply, type=RouteStatus)
+
+
+def label(
+    name: str, labels: Sequence[GivenLabel], *, port: int | None = None, admin_url: str = "", token: str = ""
+) -> tuple[int, int]:
+    """Send labels for predictions of a deployment: how many found theirs, and how many did not.
+
+    Raises `ServerNotFound`, or why they were refused.
+    """
+    accepted = unknown = 0
+    for begin in range(0, len(labels), _LABELS):
+        body = msgspec.json.encode({"labels": labels[begin : begin + _LABELS]})
+        reply = _call("POST", f"/admin/labels/{name}", body, port=port, admin_url=admin_url, token=token)
+        taken = json.loads(reply)
+        accepted, unknown = accepted + taken["accepted"], unknown + taken["unknown"]
+    return accepted, unknown
 
 
 def traffic(*, port: int | None = None, admin_url: str = "", token: str = "") -> dict[str, TrafficReport]:

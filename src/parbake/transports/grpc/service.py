@@ -382,7 +382,7 @@ async def _routed_answer(
             for name, value in context.invocation_metadata() or ()
         }
         hints = Hints(metadata, call.parameters or {})
-    routed.predict(asked, done, hints)
+    routed.predict(asked, done, hints, call.id)
     return await _until_gone(future, asked)
 
 

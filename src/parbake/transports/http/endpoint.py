@@ -12,7 +12,7 @@ from parbake.serving.model import Answer
 from parbake.serving.service import ServedVersion
 from parbake.transports.failures import shown, unexpected
 from parbake.transports.http.oip import InferCall
-from parbake.transports.http.protocol import JSON, Exchange, allow, compress
+from parbake.transports.http.protocol import JSON, VERSION, Exchange, allow, compress, ok_json
 from parbake.transports.http.replies import error_reply
 
 _BINARY: Final = b"application/octet-stream"
@@ -38,6 +38,8 @@ class PredictionEndpoint:
         self._codec = codec
         self._max_body_bytes = max_body_bytes
         self._answered = served.stats.answered
+        self._ok = ok_json(served.version)
+        self._version: tuple[tuple[bytes, bytes], ...] = ((VERSION, served.version.encode()),)
 
     def forget(self) -> None:
         """Give up what is kept for requests to come: there will be none."""
@@ -126,12 +128,12 @@ class PredictionEndpoint:
             return
         accepted = exchange.headers.get(b"accept-encoding")
         small = accepted is None or len(payload) < _COMPRESS_FROM_BYTES
-        if json_bytes is None and small and not answer.fallback:
-            exchange.reply_json(payload)
+        if json_bytes is None and small and not answer.fallback and exchange.keep_alive:
+            exchange.protocol.send(exchange, self._ok % (len(payload), payload))
         else:
-            extra: tuple[tuple[bytes, bytes], ...] = ()
+            extra = self._version
             if json_bytes is not None:
-                extra = ((b"inference-header-content-length", b"%d" % json_bytes),)
+                extra += ((b"inference-header-content-length", b"%d" % json_bytes),)
             if answer.fallback:
                 extra += ((b"parbake-fallback", answer.fallback.encode()),)
             if accepted is not None and len(payload) >= _COMPRESS_FROM_BYTES:
@@ -193,7 +195,7 @@ class PredictionEndpoint:
         self._served.refused(error.code, exchange.arrived)
         error, number = shown(error, self._served.name)
         status, payload, headers = error_reply(error, number)
-        exchange.reply(status, payload, JSON, headers)
+        exchange.reply(status, payload, JSON, self._version + headers)
 
 
 def fail_unexpectedly(exchange: Exchange) -> ParbakeError:

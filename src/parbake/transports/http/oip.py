@@ -23,7 +23,7 @@ from parbake.errors import InvalidInput, InvalidRequest, MalformedBody
 from parbake.runtime.waiting import NORMAL
 from parbake.serving.model import Answer
 from parbake.serving.service import ServedVersion
-from parbake.transports.http.protocol import OK_JSON
+from parbake.transports.http.protocol import VERSION, ok_json
 from parbake.transports.inputs import (
     Given,
     Inputs,
@@ -105,6 +105,7 @@ class InferCodec:
         self._plain = msgspec.json.Decoder(_PlainRequest)
         self._encode = msgspec.json.Encoder().encode
         self._specs = contract.outputs
+        self._ok = ok_json(served.version)
         spec = contract.inputs[0]
         packer = struct_of(spec)
         unpackers = [struct_of(spec) for spec in contract.outputs]
@@ -160,9 +161,9 @@ class InferCodec:
         frame = self._head + b"".join(start + b"[\0]}" for start in self._one_row_outputs) + b"]}"
         self._reply_length = len(frame) - len(self._one_row_outputs)
         # "%" in a name must not be taken for a place to fill.
-        self._reply_form = OK_JSON.replace(b"%b", frame.replace(b"%", b"%%").replace(b"\0", b"%b"))
+        self._reply_form = self._ok.replace(b"%b", frame.replace(b"%", b"%%").replace(b"\0", b"%b"))
         before, _, self._reply_end = frame.partition(b"\0")
-        self._reply_starts = _Starts(OK_JSON.replace(b"%b", before.replace(b"%", b"%%")), self._reply_length)
+        self._reply_starts = _Starts(self._ok.replace(b"%b", before.replace(b"%", b"%%")), self._reply_length)
         """With one output: all before the values, by their length."""
 
     # The short way ---------------------------------------------------------------------------------
@@ -229,7 +230,7 @@ class InferCodec:
         if b"null" in payload:
             # JSON has no word for NaN and infinities; ours are written the general way.
             payload = self.write(self._answer(record), InferCall(Inputs([], 1, ()), request_id))[0]
-        return OK_JSON % (len(payload), payload)
+        return self._ok % (len(payload), payload)
 
     def write_rows(self, raws: Sequence[bytes]) -> list[bytes] | None:
         """The whole HTTP replies for a batch of rows without request ids, given each output's raw bytes.
@@ -281,8 +282,9 @@ class InferCodec:
             )
             payload, size = self.write(nothing, call)
             reply = (
-                b"HTTP/1.1 200 OK\r\ncontent-type: application/octet-stream\r\ncontent-length: %d\r\n"
-                b"inference-header-content-length: %d\r\n\r\n%b" % (len(payload), size or 0, payload[:size])
+                b"HTTP/1.1 200 OK\r\ncontent-type: application/octet-stream\r\n%b: %b\r\ncontent-length: %d\r\n"
+                b"inference-header-content-length: %d\r\n\r\n%b"
+                % (VERSION, self._served.version.encode(), len(payload), size or 0, payload[:size])
             )
         if len(self.binary) >= _MOST_FRAMES:
             self.binary.clear()

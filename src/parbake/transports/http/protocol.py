@@ -64,6 +64,13 @@ def _reason(status: int) -> bytes:
 
 _STATUS_LINES: Final = {int(status): _reason(status) for status in HTTPStatus}
 OK_JSON: Final = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b"
+VERSION: Final = b"parbake-version"
+"""The header that says which version of a deployment an answer, or an error, is from."""
+
+
+def ok_json(version: str) -> bytes:
+    """`OK_JSON` with the version that answers."""
+    return OK_JSON.replace(b"content-length", b"%b: %b\r\ncontent-length" % (VERSION, version.encode()))
 
 
 class Head:

@@ -13,11 +13,13 @@ from msgspec import Struct
 
 from parbake.app.front import Front
 from parbake.app.repository import Repository
+from parbake.contract.model import Contract
 from parbake.errors import NotReady, ParbakeError, RouteNotFound
 from parbake.serving.service import ServedVersion
 from parbake.settings import ServerSettings
 from parbake.transports.access import Access
 from parbake.transports.http.endpoint import PredictionEndpoint, fail_unexpectedly
+from parbake.transports.http.labels import read_labels
 from parbake.transports.http.memo import ReplyMemo
 from parbake.transports.http.oip import InferCodec, decode_json
 from parbake.transports.http.one_row import endpoint
@@ -84,6 +86,7 @@ class Router:
             b"/v2/health/ready": self._ready,
             b"/v2/models/stats": self._all_statistics,
             b"/v2/repository/index": self._index,
+            b"/labels": self._labels,
             b"/metrics": self._metrics,
             b"/openapi.json": self._openapi,
             b"/": self._page,
@@ -197,6 +200,8 @@ class Router:
                     else b"/predict/%s" % served.name.encode()
                 )
                 self._exact[url](exchange)
+            case ["v2", "models", name, "labels"]:
+                self._labels(exchange, name)
             case ["v2", "repository", "models", name, ("load" | "unload") as action]:
                 allow(exchange, b"POST")
                 self._control(exchange, name, action)
@@ -270,6 +275,24 @@ class Router:
         versions = [served for served in self._repository.versions(name, version) if holder.may(served.name)]
         return msgspec.json.encode(statistics(versions, counts)), JSON
 
+    def _labels(self, exchange: Exchange, name: str = "") -> None:
+        """What was true, of predictions that were made."""
+        allow(exchange, b"POST")
+        body = exchange.content(self._settings.max_body_bytes)
+        holder = exchange.head.holder or EVERYBODY
+
+        def contract_of(deployment: str) -> Contract:
+            check_deployment(holder, deployment)
+            return self._front.find(deployment).contract
+
+        name, labels = read_labels(contract_of, body, name)
+
+        async def take() -> tuple[bytes, bytes]:
+            taken = await self._repository.label(name, labels)
+            return msgspec.json.encode({"accepted": taken.accepted, "unknown": taken.unknown}), JSON
+
+        self._later(exchange, take, 202)
+
     # People ----------------------------------------------------------------------------------------
 
     def _openapi(self, exchange: Exchange) -> None:
@@ -320,11 +343,13 @@ class Router:
 
     # Later -----------------------------------------------------------------------------------------
 
-    def _later(self, exchange: Exchange, work: Callable[[], Awaitable[tuple[bytes, bytes]]]) -> None:
+    def _later(
+        self, exchange: Exchange, work: Callable[[], Awaitable[tuple[bytes, bytes]]], status: int = 200
+    ) -> None:
         async def answer() -> None:
             try:
                 payload, content_type = await work()
-                exchange.reply(200, payload, content_type)
+                exchange.reply(status, payload, content_type)
             except ParbakeError as error:
                 self._front.refuse(error)
                 exchange.fail(error)

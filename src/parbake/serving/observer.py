@@ -1,0 +1,255 @@
+"""What one version did in one front, as those who judge it want to know: failures, latency, predictions by segment.
+
+The hot path only keeps what it has in its hands; the counting is done in bulk (`Observer.fold`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, deque
+from collections.abc import Sequence
+from time import time
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+from msgspec import Struct
+
+from parbake.contract.datatypes import INTEGERS, NUMPY
+from parbake.contract.model import Contract, TensorSpec
+from parbake.contract.tensors import Shape, split_bytes
+from parbake.errors import InvalidInput
+from parbake.runtime.observation import LATENCY_EDGES_MS, Bins, Observation
+from parbake.serving.model import Answer
+from parbake.serving.route import Column, Watch, words
+from parbake.serving.service import ServedVersion
+
+FOLD_AT: Final = 256
+"""Requests after which they are counted."""
+_FOLD_ROWS: Final = 16 * 1024
+_MOST_SEGMENTS: Final = 32
+_MOST_WAITING: Final = 20_000
+"""Predictions that wait to be told on."""
+
+
+class Foretold(Struct, frozen=True, array_like=True):
+    """A prediction that a label may come for."""
+
+    version: str
+    id: str
+    """Of its request, "" where it had none."""
+    row: int
+    """Of the request."""
+    key: bytes
+    segment: str
+    value: float | str
+    at: float
+    """Unix time."""
+    shadow: bool = False
+    """Whether nobody was answered with it."""
+
+
+class Observer:
+    """Observes one version under one `Watch`.
+
+    Raises `InvalidInput` or `SettingsError` where the version has no such output or column.
+    """
+
+    def __init__(self, served: ServedVersion, watch: Watch, bins: Bins, *, shadow: bool = False) -> None:
+        self._served = served
+        self._shadow = shadow
+        self._watch = watch
+        self._bins = bins
+        self._output, self._spec = watched(served.contract, watch.output)
+        self._column = Column(served.contract, watch.segment) if watch.segment else None
+        self._requests = self._failures = 0
+        self._latency = np.zeros(len(LATENCY_EDGES_MS) + 1, np.int64)
+        self._outputs: dict[str, npt.NDArray[np.int64]] = {"": np.zeros(_places(bins), np.int64)}
+        self._segments: dict[bytes, str] = {}
+        self._log: list[tuple[float, int, Sequence[bytes], Sequence[Shape], Answer, str]] = []
+        self._rows = 0
+        self.foretold: deque[Foretold] = deque()
+        self.untold = 0
+        """Predictions for which there was no room."""
+
+    def look_at(self, served: ServedVersion) -> None:
+        """The version was loaded anew."""
+        self.fold()
+        self._served = served
+
+    def failed(self) -> None:
+        """A request was not answered."""
+        self._requests += 1
+        self._failures += 1
+
+    def answered(
+        self,
+        seconds: float,
+        raws: Sequence[bytes],
+        rows: int,
+        shapes: Sequence[Shape],
+        answer: Answer,
+        request_id: str,
+    ) -> None:
+        """A request was answered after so long."""
+        self._log.append((seconds, rows, raws, shapes, answer, request_id))
+        self._rows += rows
+        if len(self._log) >= FOLD_AT or self._rows >= _FOLD_ROWS:
+            self.fold()
+
+    def observation(self) -> Observation:
+        """All of it until now."""
+        self.fold()
+        return Observation(
+            self._requests,
+            self._failures,
+            tuple(self._latency.tolist()),
+            {segment: tuple(counts.tolist()) for segment, counts in self._outputs.items()},
+            {},
+        )
+
+    def fold(self) -> None:
+        """Count what has come."""
+        noted, self._log, self._rows = self._log, [], 0
+        if not noted:
+            return
+        self._requests += len(noted)
+        milliseconds = np.array([item[0] for item in noted]) * 1e3
+        self._latency += np.bincount(
+            np.searchsorted(LATENCY_EDGES_MS, milliseconds, side="left"), minlength=len(self._latency)
+        )
+        values: list[float | str] = []
+        segments: list[str] = []
+        for _, rows, raws, shapes, answer, request_id in noted:
+            mine = self._values(answer, rows)
+            theirs = self._segments_of(raws, rows)
+            values += mine
+            segments += theirs
+            if self._watch.loss:
+                self._foretell(mine, theirs, raws, rows, shapes, request_id)
+        places = _bin(self._bins, values)
+        self._outputs[""] += np.bincount(places, minlength=len(self._outputs[""]))
+        for segment in dict.fromkeys(segments):
+            if not segment:
+                continue
+            counts = self._outputs.get(segment)
+            if counts is None:
+                counts = self._outputs[segment] = np.zeros_like(self._outputs[""])
+            inside = np.array([other == segment for other in segments])
+            counts += np.bincount(places[inside], minlength=len(counts))
+
+    def _values(self, answer: Answer, rows: int) -> list[float | str]:
+        """The watched value of each row: a number, or a class in words."""
+        raw, spec = answer.raws[self._output], self._spec
+        elements = math.prod(answer.shapes[self._output])
+        if spec.datatype == "BYTES":
+            return [
+                text.decode(errors="replace") for text in split_bytes(raw, rows * elements)[:: elements or 1]
+            ]
+        table = np.frombuffer(raw, NUMPY[spec.datatype]).reshape(rows, elements)
+        if not elements:
+            return [math.nan] * rows
+        if is_distribution(spec):
+            labels = spec.labels
+            return [labels[i] if i < len(labels) else str(i) for i in table.argmax(axis=1).tolist()]
+        column = table[:, min(self._watch.place, elements - 1)].tolist()
+        if has_classes(self._bins):
+            return [words(value) for value in column]
+        return [float(value) for value in column]
+
+    def _segments_of(self, raws: Sequence[bytes], rows: int) -> list[str]:
+        """The segment of each row; "" where it is none of its own."""
+        column = self._column
+        if column is None:
+            return [""] * rows
+        found: list[str] = []
+        for value in column.each(raws, rows):
+            segment = self._segments.get(value)
+            if segment is None:
+                # Those that came first have one of their own: what callers send must not fill the memory.
+                if len(self._segments) >= _MOST_SEGMENTS:
+                    segment = ""
+                else:
+                    segment = self._segments[value] = column.text(value)[:80] if value else ""
+            found.append(segment)
+        return found
+
+    def _foretell(
+        self,
+        values: Sequence[float | str],
+        segments: Sequence[str],
+        raws: Sequence[bytes],
+        rows: int,
+        shapes: Sequence[Shape],
+        request_id: str,
+    ) -> None:
+        served = self._served
+        shapes = tuple(shapes)
+        keys = served.keys.of(served.rounded(raws, rows, shapes), rows, shapes)
+        now = time()
+        for row, (key, segment, value) in enumerate(zip(keys, segments, values, strict=True)):
+            if len(self.foretold) >= _MOST_WAITING:
+                self.untold += 1
+                continue
+            self.foretold.append(
+                Foretold(served.version, request_id, row, key, segment, value, now, self._shadow)
+            )
+
+
+def default_bins(spec: TensorSpec, values: Sequence[float | str], most: int = 20) -> Bins:
+    """Bins for an output by what it has been: one for each class, or quantiles of the numbers."""
+    if is_distribution(spec):
+        elements = spec.elements if spec.fixed else len(spec.labels)
+        return class_bins([spec.labels[i] if i < len(spec.labels) else str(i) for i in range(elements)])
+    counted = Counter(map(words, values))
+    few = spec.datatype in INTEGERS and len(counted) < most
+    if spec.datatype in ("BYTES", "BOOL") or few:
+        return class_bins([value for value, _ in counted.most_common(most - 1)])
+    numbers = np.array([value for value in values if math.isfinite(float(value))], np.float64)
+    if not numbers.size:
+        return number_bins([0.0])
+    return number_bins(np.unique(np.quantile(numbers, np.arange(1, most) / most)).tolist())
+
+
+def _places(bins: Bins) -> int:
+    """How many counts there are."""
+    return len(bins.classes) + 1 if bins.classes else len(bins.edges) + 1
+
+
+def has_classes(bins: Bins) -> bool:
+    """Whether values are counted by what they are, and not by where they lie."""
+    return bool(bins.classes)
+
+
+def number_bins(edges: Sequence[float]) -> Bins:
+    """Bins between these numbers."""
+    return Bins(edges=tuple(edges))
+
+
+def class_bins(classes: Sequence[str]) -> Bins:
+    """A bin for each class, and one for all others."""
+    return Bins(classes=tuple(classes))
+
+
+def _bin(bins: Bins, values: Sequence[float | str]) -> npt.NDArray[np.int64]:
+    """In which bin each value lies."""
+    if bins.classes:
+        places = {name: place for place, name in enumerate(bins.classes)}
+        return np.array([places.get(str(value), len(places)) for value in values], np.int64)
+    return np.searchsorted(bins.edges, np.array(values, np.float64), side="left")
+
+
+def is_distribution(spec: TensorSpec) -> bool:
+    """Whether an output gives a probability for each class."""
+    return len(spec.labels) > 1 and spec.fixed and spec.elements == len(spec.labels)
+
+
+def watched(contract: Contract, name: str) -> tuple[int, TensorSpec]:
+    """Position and specification of the output of that name, "" for the first. Raises `InvalidInput`."""
+    for position, spec in enumerate(contract.outputs):
+        if not name or spec.name == name:
+            return position, spec
+    names = ", ".join(spec.name for spec in contract.outputs)
+    raise InvalidInput(
+        f"model {contract.name!r} has no output {name[:60]!r}", hint=f"its outputs are {names}"
+    )
