@@ -56,7 +56,9 @@ def test_the_command_starts_without_the_libraries_that_take_long() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = {name.partition(".")[0] for name in done.stdout.splitlines()[-1].split()}
     assert "click" in loaded
-    assert not loaded & (OPTIONAL | {"sqlalchemy", "numpy", "onnx", "onnxruntime", "pyarrow", "grpc", "asyncio"})
+    assert not loaded & (
+        OPTIONAL | {"sqlalchemy", "numpy", "onnx", "onnxruntime", "pyarrow", "grpc", "asyncio"}
+    )
 
 
 def test_the_version_is_written_once() -> None:

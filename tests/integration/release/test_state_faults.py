@@ -29,7 +29,6 @@ from parbake.release.database import open_database
 from parbake.release.model import Proposal
 state = open_database(sys.argv[1])
 name = sys.argv[2]
-print("ready", flush=True)
 number = 0
 while True:
     number += 1
@@ -43,13 +42,26 @@ while True:
 """
 
 
-def writer(url: str, name: str) -> subprocess.Popen[str]:
-    started = subprocess.Popen(
-        [sys.executable, "-c", WRITER, url, name], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert started.stdout is not None
-    assert started.stdout.readline() == "ready\n"
-    return started
+class Writer:
+    """A process that releases one version after the other, and says on a file what was acknowledged."""
+
+    def __init__(self, url: str, name: str, folder: Path) -> None:
+        self._said, self._errors = folder / f"{name}.out", folder / f"{name}.err"
+        with self._said.open("w") as said, self._errors.open("w") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", WRITER, url, name], stdout=said, stderr=errors, text=True
+            )
+        for _ in range(2400):
+            if "live 2\n" in self._said.read_text():
+                return
+            assert self.process.poll() is None, self._errors.read_text()
+            time.sleep(0.025)
+        raise AssertionError(f"{name} is slow: {self._said.read_text()}")
+
+    def ended(self) -> tuple[str, str]:
+        """Wait for its end; gives whole lines only: a torn one was never acknowledged to anybody."""
+        self.process.wait(timeout=60)
+        return self._said.read_text().rpartition("\n")[0], self._errors.read_text()
 
 
 def check_nothing_half_done(state: Database, name: str, acknowledged: str) -> None:
@@ -72,17 +84,14 @@ def check_nothing_half_done(state: Database, name: str, acknowledged: str) -> No
         assert any(e.what == f"release.{what}" and e.version == version for e in history), line
 
 
-def test_a_writer_killed_at_any_moment_leaves_nothing_half_done(url: str) -> None:
+def test_a_writer_killed_at_any_moment_leaves_nothing_half_done(url: str, tmp_path: Path) -> None:
     state = open_database(url)
     for turn in range(4):
         name = f"eta{turn}"
-        victim = writer(url, name)
-        time.sleep(0.15 + random.random() * 0.2)  # any moment will do
-        victim.kill()
-        said, _ = victim.communicate(timeout=30)
-        assert "live" in said
-        # The torn last line was never acknowledged to anybody.
-        check_nothing_half_done(state, name, said.rpartition("\n")[0])
+        victim = Writer(url, name, tmp_path)
+        time.sleep(random.random() * 0.2)
+        victim.process.kill()
+        check_nothing_half_done(state, name, victim.ended()[0])
         if state.releases(name, under_way=True):
             state.roll_back(name, by="next")
         release = state.begin_release(Proposal(name, "next", "d"), by="next")
@@ -323,15 +332,15 @@ def test_a_controller_goes_on_through_deaths_of_postgres_and_takes_every_step_on
     state.close()
 
 
-def test_a_postgres_killed_under_a_writer_keeps_all_that_was_acknowledged(fragile: Postgres) -> None:
+def test_a_postgres_killed_under_a_writer_keeps_all_that_was_acknowledged(
+    fragile: Postgres, tmp_path: Path
+) -> None:
     url = fragile.database()
     open_database(url).close()
-    busy = writer(url, "eta")
-    time.sleep(0.5)
+    busy = Writer(url, "eta", tmp_path)
     fragile.kill()
-    said, errors = busy.communicate(timeout=60)
+    said, errors = busy.ended()
     assert "StateAway" in errors
-    assert "live 3" in said
     fragile.start()
     state = open_database(url)
     check_nothing_half_done(state, "eta", said)
