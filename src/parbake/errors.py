@@ -12,6 +12,7 @@
     |   |-- Unauthenticated       no API key, or one that is not known
     |   |-- NotAllowed            needs a token or another key, or is switched off
     |   `-- Conflict              not in this state (load of something that was never configured, ...)
+    |       |-- GateRefused       checks failed that nobody has waived
     |       `-- LeaseLost         another controller has taken over
     |-- NotFound
     |   |-- ModelNotFound
@@ -127,6 +128,12 @@ class Conflict(InvalidRequest):
     """The operation does not fit the present state."""
 
     code = "conflict"
+
+
+class GateRefused(Conflict):
+    """A version must not take traffic: checks failed that nobody has waived."""
+
+    code = "gate_refused"
 
 
 class LeaseLost(Conflict):

@@ -70,7 +70,7 @@ def test_a_taken_admin_port_is_an_error_with_a_remedy() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(SettingsError) as caught:
-            asyncio.run(serve_admin(nobody, ServerSettings(admin_port=port)))
+            asyncio.run(serve_admin(nobody, nobody, ServerSettings(admin_port=port)))
     assert caught.value.message.startswith(f"cannot listen on 127.0.0.1:{port} for the admin API: ")
     assert caught.value.hint == "--admin-port 0 takes a free port"
 

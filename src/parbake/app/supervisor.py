@@ -62,7 +62,7 @@ from parbake.app.routes import add_counts as add_route_counts
 from parbake.app.wiring import TableFacts, open_table, table_facts
 from parbake.contract.bundle import StoredBundle, read_bundle
 from parbake.contract.model import Contract, TensorSpec
-from parbake.contract.signatures import check_signed, read_trusted
+from parbake.contract.signatures import PublicKey, check_signed, read_trusted
 from parbake.errors import (
     BundleError,
     Conflict,
@@ -204,6 +204,14 @@ class Change(Struct, frozen=True, forbid_unknown_fields=True):
     bundle: str = ""
     table: str | None = None
     mode: WantedMode | None = None
+
+
+class Arranged(Struct, frozen=True):
+    """One version of a deployment, as a release wants it."""
+
+    version: str
+    bundle: str
+    table: str = ""
 
 
 class Reloaded(Struct, frozen=True):
@@ -405,6 +413,85 @@ class Supervisor:
         Path(before.rates).unlink(missing_ok=True)
         if keys.keys != before.keys:
             log().info("keys.read", clients=len(keys.keys))
+
+    async def arrange(self, name: str, versions: Sequence[Arranged]) -> None:
+        """Serve exactly these versions of a deployment; the last one is for who names none, where there is no route.
+
+        What is there already stays as it is; callers notice nothing. Raises `ModelNotFound`, and what loading a
+        bundle raises; then everything stays as it was.
+        """
+        async with self._lock:
+            self._refuse_if_stopping()
+            mine = [target for target in self._targets if target.name == name]
+            if not mine:
+                raise self._no_deployment(name)
+            wanted: list[Target] = []
+            for item in versions:
+                bundle = str(Path(item.bundle).resolve())
+                known = [
+                    t for t in mine if t.version == item.version and str(Path(t.bundle).resolve()) == bundle
+                ]
+                settings = msgspec.structs.replace(mine[-1].settings, version=item.version, bundle=bundle)
+                wanted.append(
+                    replace(known[0], loaded=True)
+                    if known
+                    else replace(
+                        mine[-1], settings=settings, bundle=bundle, table=item.table, version=item.version
+                    )
+                )
+            # A name given in the settings would follow the bundle; a version has to stay what it is called.
+            for target in wanted:
+                if not target.settings.version:
+                    target.settings = msgspec.structs.replace(target.settings, version=target.version)
+            if [(t.version, t.bundle, t.table) for t in wanted] == [
+                (t.version, t.bundle, t.table) for t in mine
+            ]:
+                return
+            at = self._targets.index(mine[0])
+            others = [replace(target) for target in self._targets if target.name != name]
+            targets = [*others[:at], *wanted, *others[at:]]
+            resolved = await asyncio.to_thread(self._resolve, targets, only=frozenset((name,)))
+            await self._apply(resolved, targets)
+
+    @property
+    def entries(self) -> tuple[PlanEntry, ...]:
+        """The plan in force."""
+        return self._plan.entries
+
+    @property
+    def pool(self) -> RunnerPool:
+        """The processes of models."""
+        return self._pool
+
+    def default_entry(self, name: str) -> PlanEntry:
+        """The version of a deployment for who names none. Raises `ModelNotFound`."""
+        mine = [entry for entry in self._plan.entries if entry.name == name]
+        if not mine:
+            raise self._no_deployment(name)
+        return mine[-1]
+
+    def arranged(self, name: str, version: str) -> Arranged:
+        """A version that is served, as `arrange` takes it. Raises `ModelNotFound`."""
+        for target in self._targets:
+            if (target.name, target.version) == (name, version):
+                return Arranged(version, target.bundle, target.table)
+        raise self._no_deployment(name)
+
+    def deployment_settings(self, name: str) -> DeploymentSettings:
+        """The settings of a deployment. Raises `ModelNotFound`."""
+        mine = [target.settings for target in self._targets if target.name == name]
+        if not mine:
+            raise self._no_deployment(name)
+        return mine[-1]
+
+    def trusted(self) -> Sequence[PublicKey] | None:
+        """The keys one of which must have signed a bundle; None where nobody need have."""
+        trusted_keys = self.settings.server.trusted_keys
+        return read_trusted(Path(trusted_keys)) if trusted_keys else None
+
+    def has_route(self, name: str) -> bool:
+        """Whether a route is in force."""
+        return self._routes.get(name) is not None
 
     async def set_route(self, name: str, change: RouteChange) -> RouteStatus:
         """Change how the requests of a deployment are shared out; in force in all fronts when this returns.
@@ -1307,7 +1394,17 @@ def _row_us(placed: Placed | None, loaded: Sequence[float], model: RoomModel | N
 
 def _runs_the_same(now: PlanEntry, entry: PlanEntry) -> bool:
     """Whether the processes of one entry can run the other."""
-    names = ("name", "version", "bundle", "digest", "placement", "threads", "allow_pickle", "allow_mismatch", "prove")
+    names = (
+        "name",
+        "version",
+        "bundle",
+        "digest",
+        "placement",
+        "threads",
+        "allow_pickle",
+        "allow_mismatch",
+        "prove",
+    )
     return all(getattr(now, name) == getattr(entry, name) for name in names)
 
 

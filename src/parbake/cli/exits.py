@@ -50,6 +50,7 @@ EXITS: Final[dict[type[errors.ParbakeError], Exit]] = {
     errors.Unauthenticated: Exit.REFUSED,
     errors.NotAllowed: Exit.REFUSED,
     errors.Conflict: Exit.REFUSED,
+    errors.GateRefused: Exit.REFUSED,
     errors.LeaseLost: Exit.REFUSED,
     errors.NotFound: Exit.NOT_FOUND,
     errors.ModelNotFound: Exit.NOT_FOUND,

@@ -98,7 +98,7 @@ def command(
 
     if why and not waive:
         raise click.UsageError("--why says why something is waived: --waive CHECK names it")
-    waivers = tuple(make_waiver(check, who or _user(), why) for check in dict.fromkeys(waive))
+    waivers = tuple(make_waiver(check, who or user(), why) for check in dict.fromkeys(waive))
     trusted = None
     if trusted_keys is not None:
         from parbake.contract.signatures import read_trusted
@@ -159,7 +159,7 @@ def _show_evidence(check: Check) -> None:
         emit(plain(f"{check.name} waived by {check.waiver.who}, {check.waiver.at}: {check.waiver.why}"))
 
 
-def _user() -> str:
+def user() -> str:
     """Who is at this terminal."""
     import getpass
 

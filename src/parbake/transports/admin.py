@@ -8,6 +8,9 @@ POST   /admin/models/NAME/unload    unload it
 GET    /admin/inventory             what is served or could be, on what, whose it is
 GET    /admin/routes/NAME           how the requests of a deployment are shared out, and what came of it
 POST   /admin/routes/NAME           change it: ``{"route"}``, ``{"killed"}`` or ``{"remove": true}``, and ``revision``
+GET    /admin/releases/NAME         how the release of a deployment stands
+POST   /admin/releases/NAME         release a version: gate, canary, judge
+POST   /admin/releases/NAME/promote one step further; ``rollback`` goes back
 POST   /admin/labels/NAME           labels, as ``POST /v2/models/NAME/labels`` on the serving port has them
 GET    /admin/traffic               cardinality, peakedness and coverage curve by deployment
 GET    /metrics                     as on the serving port
@@ -24,6 +27,7 @@ from dataclasses import dataclass
 import msgspec
 from msgspec import Struct
 
+from parbake.app.releases import Back, Releases, Wanted
 from parbake.app.routes import RouteChange
 from parbake.app.supervisor import Change, Supervisor
 from parbake.errors import NotAllowed, ParbakeError, RouteNotFound, SettingsError
@@ -57,11 +61,11 @@ class AdminServer:
         self.server.close()
 
 
-async def serve_admin(supervisor: Supervisor, settings: ServerSettings) -> AdminServer:
+async def serve_admin(supervisor: Supervisor, releases: Releases, settings: ServerSettings) -> AdminServer:
     """Listen on 127.0.0.1. Raises `SettingsError` where the port is taken."""
     loop = asyncio.get_running_loop()
     limits = Limits(_MAX_BODY_BYTES, 100, settings.request_timeout_s, settings.idle_timeout_s)
-    site = Site(_Admin(supervisor, settings.admin_token), limits, loop)
+    site = Site(_Admin(supervisor, releases, settings.admin_token), limits, loop)
     try:
         server = await loop.create_server(lambda: HttpProtocol(site), "127.0.0.1", settings.admin_port)
     except OSError as error:
@@ -79,8 +83,9 @@ async def serve_admin(supervisor: Supervisor, settings: ServerSettings) -> Admin
 
 
 class _Admin:
-    def __init__(self, supervisor: Supervisor, token: str) -> None:
+    def __init__(self, supervisor: Supervisor, releases: Releases, token: str) -> None:
         self._supervisor = supervisor
+        self._releases = releases
         self._token = token
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -131,6 +136,17 @@ class _Admin:
                     return msgspec.json.encode(await self._supervisor.route(name)), JSON
                 change = decode_json(msgspec.json.Decoder(RouteChange), exchange.body)
                 return msgspec.json.encode(await self._supervisor.set_route(name, change)), JSON
+            case ["admin", "releases", name]:
+                allow(exchange, b"GET", b"POST")
+                if exchange.method == b"GET":
+                    return msgspec.json.encode(await self._releases.status(name)), JSON
+                wanted = decode_json(msgspec.json.Decoder(Wanted), exchange.body)
+                return msgspec.json.encode(await self._releases.deploy(name, wanted)), JSON
+            case ["admin", "releases", name, ("promote" | "rollback") as action]:
+                allow(exchange, b"POST")
+                back = decode_json(msgspec.json.Decoder(Back), exchange.body)
+                act = self._releases.promote if action == "promote" else self._releases.rollback
+                return msgspec.json.encode(await act(name, back)), JSON
             case ["admin", "labels", name]:
                 allow(exchange, b"POST")
                 name, labels = read_labels(self._supervisor.contract, exchange.body, name)

@@ -18,6 +18,7 @@ from parbake.transports import statefile
 
 if TYPE_CHECKING:
     from parbake.app.inventory import ServerInventory
+    from parbake.app.releases import Back, ReleaseStatus, Wanted
     from parbake.app.traffic import TrafficReport
     from parbake.transports.http.labels import GivenLabel
 
@@ -76,6 +77,43 @@ def set_route(
     body = msgspec.json.encode(change)
     reply = _call("POST", f"/admin/routes/{name}", body, port=port, admin_url=admin_url, token=token)
     return msgspec.json.decode(reply, type=RouteStatus)
+
+
+def release(
+    name: str, wanted: Wanted, *, port: int | None = None, admin_url: str = "", token: str = ""
+) -> ReleaseStatus:
+    """Have a version released. Raises `ServerNotFound`, `GateRefused`, `Conflict`, or why it was refused."""
+    return _release("POST", name, wanted, port=port, admin_url=admin_url, token=token)
+
+
+def release_status(
+    name: str, *, port: int | None = None, admin_url: str = "", token: str = ""
+) -> ReleaseStatus:
+    """How the release of a deployment stands. Raises `ServerNotFound`, `ModelNotFound`, `Conflict`."""
+    return _release("GET", name, None, port=port, admin_url=admin_url, token=token)
+
+
+def promote(
+    name: str, back: Back, *, port: int | None = None, admin_url: str = "", token: str = ""
+) -> ReleaseStatus:
+    """One step further. Raises `ServerNotFound`, `Conflict`."""
+    return _release("POST", f"{name}/promote", back, port=port, admin_url=admin_url, token=token)
+
+
+def rollback(
+    name: str, back: Back, *, port: int | None = None, admin_url: str = "", token: str = ""
+) -> ReleaseStatus:
+    """Back to the version before. Raises `ServerNotFound`, `Conflict`, `VersionNotFound`."""
+    return _release("POST", f"{name}/rollback", back, port=port, admin_url=admin_url, token=token)
+
+
+def _release(method: str, path: str, body: Wanted | Back | None, **where: Any) -> ReleaseStatus:
+    # It needs libraries that take their time to import.
+    from parbake.app.releases import ReleaseStatus
+
+    content = None if body is None else msgspec.json.encode(body)
+    reply = _call(method, f"/admin/releases/{path}", content, **where)
+    return msgspec.json.decode(reply, type=ReleaseStatus)
 
 
 def label(

@@ -15,6 +15,7 @@ from typing import Final
 
 import msgspec
 
+from parbake.app.releases import Releases
 from parbake.app.supervisor import Supervisor
 from parbake.errors import ParbakeError, SettingsError
 from parbake.logs import FORMAT_VARIABLE, log
@@ -81,6 +82,7 @@ async def _run(settings: Settings, on_ready: Callable[[Running], None]) -> int:
         )
     folder = _socket_folder()
     supervisor = Supervisor(settings, folder)
+    releases = Releases(supervisor)
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     hurry = asyncio.Event()
@@ -113,7 +115,8 @@ async def _run(settings: Settings, on_ready: Callable[[Running], None]) -> int:
             supervisor.end_now()
             return 0
         await starting
-        admin = await serve_admin(supervisor, settings.server)
+        await releases.start()
+        admin = await serve_admin(supervisor, releases, settings.server)
         running = Running(
             pid=os.getpid(),
             host=settings.server.host,
@@ -128,6 +131,7 @@ async def _run(settings: Settings, on_ready: Callable[[Running], None]) -> int:
         on_ready(running)
         await stopping
         log().info("server.draining")
+        await releases.close()
         draining = asyncio.ensure_future(supervisor.stop())
         hurrying = asyncio.ensure_future(hurry.wait())
         await asyncio.wait({draining, hurrying}, return_when=asyncio.FIRST_COMPLETED)
