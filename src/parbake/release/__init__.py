@@ -1,0 +1,1 @@
+"""Release: what decides whether a new version stays."""
