@@ -1,4 +1,4 @@
-"""``python -m bench [http|head|advise|cold-start|many|size|bake|race]... [--quick]``.
+"""``python -m bench [http|head|advise|cold-start|many|size|bake|judge|race]... [--quick]``.
 
 Without a name everything but the race, which installs other servers and takes ten minutes.
 """
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from bench import advise, bench_bake, cold_start, head, http, many, race, size
+from bench import advise, bench_bake, cold_start, head, http, judge, many, race, size
 from bench.clients import client
 from bench.report import ORDER, Section, keep, show
 from parbake.cli.output import emit, say, stages
@@ -110,6 +110,8 @@ def _measure(key: str, folder: Path, options: argparse.Namespace) -> Section:
             return advise.run(folder, seconds=0.5 if quick else 3.0, quick=quick, say=stage)
         if key == "many":
             return many.run(folder, models=50 if quick else 1000, quick=quick, say=stage)
+        if key == "judge":
+            return judge.run(quick=quick, say=stage)
         if key == "size":
             return size.run(folder, install=not quick, say=stage)
         return bench_bake.run(

@@ -45,7 +45,7 @@ def test_it_measures_everything_and_writes_a_page(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "\x1b" not in done.stdout
     sections = {section["key"]: section for section in json.loads((tmp_path / "benchmarks.json").read_text())}
-    assert list(sections) == ["http", "head", "advise", "cold-start", "many", "size", "bake"]
+    assert list(sections) == ["http", "head", "advise", "cold-start", "many", "size", "bake", "judge"]
     (figures,) = sections["http"]["figures"].values()
     servers = {item["server"] for item in figures["series"]}
     assert {"dynamic, inline", "dynamic, in a runner process", "table hit, hybrid mode"} < servers
@@ -59,7 +59,7 @@ def test_it_measures_everything_and_writes_a_page(tmp_path: Path) -> None:
         assert all(0 < seconds < 60 for seconds in found["seconds"])
     assert {"onnxruntime", "numpy", "pyarrow", "parbake"} <= set(sections["size"]["figures"]["bytes"])
     page = (tmp_path / "benchmarks.md").read_text()
-    assert page.count("\n## ") == 7
+    assert page.count("\n## ") == 8
     for target in (
         "table hit, hybrid mode: requests/s / bare",
         "dynamic, inline: requests/s / FastAPI",
