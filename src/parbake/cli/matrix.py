@@ -59,15 +59,18 @@ def command(
 ) -> None:
     """Say which environments can run which bundles: the one here, and those of the files given.
 
-    BUNDLE may be a folder with bundles in it; without one, those of the running server are meant. The rules are
-    those of parbake gate. Exits with 1 where a bundle can be run in none of the environments.
+    BUNDLE may be a folder with bundles in it; without one, those of the running server are meant, and its environment
+    is one more. The rules are those of parbake gate. Exits with 1 where a bundle can be run in none of the
+    environments.
     """
     from parbake.app.inventory import bundles_below
     from parbake.contract.bundle import read_bundle
     from parbake.contract.environment import capture
+    from parbake.release.inventory import environment_of
     from parbake.release.matrix import Place, matrix, read_place
     from parbake.release.rules import read_rules
 
+    places = [Place(_HERE, capture())]
     if paths:
         folders = [bundle for path in paths for bundle in bundles_below(path)]
         if not folders:
@@ -75,9 +78,11 @@ def command(
     else:
         from parbake.transports import client
 
-        folders = [Path(version.bundle) for version in client.status(port=port).versions]
+        server = client.inventory(port=port)
+        folders = [Path(item.bundle) for item in server.items if item.state in ("running", "unloaded")]
+        places.append(Place("server", environment_of(server.machine)))
     stored = [read_bundle(folder, verify=False) for folder in folders]
-    places = [Place(_HERE, capture()), *map(read_place, environments)]
+    places += map(read_place, environments)
     found = matrix(stored, places, read_rules(dict(rules)))
     if as_json:
         emit_json(found)

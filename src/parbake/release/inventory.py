@@ -148,6 +148,21 @@ def machine_of(environment: Environment) -> Machine:
     )
 
 
+def environment_of(machine: Machine) -> Environment:
+    """A machine as an environment lock has it."""
+    implementation, _, python = machine.python.rpartition(" ")
+    return Environment(
+        python=python,
+        implementation=implementation,
+        system=machine.kernel,
+        machine=machine.arch,
+        libraries=machine.libraries,
+        os=machine.os,
+        cpu=machine.cpu,
+        gpus=machine.gpus,
+    )
+
+
 def item_of(
     stored: StoredBundle,
     *,
@@ -247,13 +262,15 @@ def judged(item: Item, advisories: Advisories, today: date) -> Item:
             risks.append(Risk(library.name, library.version, ids))
     known = advisories.looked.known
     python = item.machine.python.rpartition(" ")[2]
-    ends = (
-        (f"python {python}", lifetimes.end_of_python(python)),
-        (item.machine.os, lifetimes.end_of_os(item.machine.os)),
-    )
+    ends = [
+        (f"python {python}".strip(), lifetimes.end_of_python(python)),
+        (item.machine.os or "os", lifetimes.end_of_os(item.machine.os)),
+    ]
+    # What the makers of libraries do not say is told as unknown, not left out.
+    ends += [(what, lifetimes.UNKNOWN) for what in (item.machine.runtime, item.made_by) if what]
     return msgspec.structs.replace(
         item,
         vulnerable=tuple(risks) if known else None,
         not_judged=tuple(unknown) if known else (),
-        lifetimes=tuple(Lifetime(what or "os", day, lifetimes.ended(day, today)) for what, day in ends),
+        lifetimes=tuple(Lifetime(what, day, lifetimes.ended(day, today)) for what, day in ends),
     )

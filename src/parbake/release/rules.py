@@ -49,7 +49,7 @@ def read_rules(words: Mapping[str, str]) -> dict[str, Rule]:
         rule = next((rule for rule in RULES if rule == word), None)
         if rule is None:
             raise SettingsError(f"{word!r} is no rule for {name}", hint=f"one of {', '.join(RULES)}")
-        found[_canonical(name)] = rule
+        found[_library(name)] = rule
     return found
 
 
@@ -75,7 +75,7 @@ def defaults(contract: Contract, packed: Environment) -> dict[str, tuple[Rule, s
     if framework := framework_library(contract):
         found[framework] = ("exact", "it made the model")
     for name in packed.required:
-        found[_canonical(name)] = ("exact", "the bundle's code needs it")
+        found[_library(name)] = ("exact", "the bundle's code needs it")
     return found
 
 
@@ -90,14 +90,15 @@ def compare(
     standing = defaults(contract, packed)
     for name, rule in (rules or {}).items():
         standing[name] = (rule, "asked for")
-    needed = {_canonical(name) for name in packed.required}
+    needed = {_library(name) for name in packed.required}
     before = _versions(packed)
     if (framework := framework_library(contract)) and contract.parity is not None:
         before.setdefault(framework, contract.parity.framework_version)
     after = _versions(here)
     found: list[Comparison] = []
     for name in dict.fromkeys((PYTHON, *standing, *before)):
-        if name != PYTHON and name not in before:
+        if name not in before and name not in needed:
+            # A rule for something that the lock does not have.
             continue
         rule, why = standing.get(name, ("any", ""))
         was = before.get(name, "")
@@ -147,10 +148,11 @@ def _series(text: str, name: str) -> tuple[int, ...]:
 def _versions(environment: Environment) -> dict[str, str]:
     found = {PYTHON: environment.python}
     for library in environment.libraries:
-        name = _canonical(library.name)
-        found.setdefault(_SAME.get(name, name), library.version)
+        found.setdefault(_library(library.name), library.version)
     return found
 
 
-def _canonical(name: str) -> str:
-    return name.lower().replace("_", "-").replace(".", "-")
+def _library(name: str) -> str:
+    """The name under which a library is compared, whatever build of it is installed."""
+    plain = name.lower().replace("_", "-").replace(".", "-")
+    return _SAME.get(plain, plain)

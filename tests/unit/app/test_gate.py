@@ -152,6 +152,28 @@ def test_hostile_code_fails_its_checks_and_nothing_else(tmp_path: Path, text: st
     assert verdicts(report) == {"goldens": "failed", "latency": "unknown", "memory": "unknown"}
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("while True: pass", "the model was not loaded within 2 s"),
+        (
+            "import time\nn = []\ndef f(x):\n    n.append(1)\n    time.sleep(3600 * (len(n) > 5))\n    return x * 2",
+            "",
+        ),
+    ],
+)
+def test_a_model_that_hangs_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, words: str
+) -> None:
+    monkeypatch.setattr("parbake.app.gate._LOAD_S", 2.0)
+    monkeypatch.setattr("parbake.app.gate._ANSWER_S", 2.0)
+    report = run_gate(Asked(function_bundle(tmp_path / "f.bundle", text, [2.0, 4.0]).path))
+    found = report.check("goldens")
+    assert found is not None
+    assert found.verdict == "failed"
+    assert words in found.words
+
+
 def test_a_bundle_that_cannot_be_read_reaches_no_other_check(
     doubler_bundle: StoredBundle, tmp_path: Path
 ) -> None:

@@ -12,7 +12,16 @@ from parbake.contract.model import Library
 from parbake.release import lifetimes
 from parbake.release.advisories import Advisories, Looked, nothing_known
 from parbake.release.gate import Waiver
-from parbake.release.inventory import Item, Machine, ReleaseFact, item_of, judged, with_facts
+from parbake.release.inventory import (
+    Item,
+    Machine,
+    ReleaseFact,
+    environment_of,
+    item_of,
+    judged,
+    machine_of,
+    with_facts,
+)
 
 TODAY = date(2026, 11, 21)
 
@@ -32,6 +41,11 @@ def test_an_item_says_all_that_the_bundle_says(doubler_bundle: StoredBundle) -> 
     assert item.machine.libraries == doubler_bundle.environment.libraries
     assert item.machine.os == doubler_bundle.environment.os != ""
     assert item.machine.runtime.startswith("onnxruntime ")
+
+
+def test_a_machine_is_an_environment_again(doubler_bundle: StoredBundle) -> None:
+    lock = doubler_bundle.environment
+    assert environment_of(machine_of(lock)) == replace(lock, required=())
 
 
 def test_releases_are_found_by_version_or_by_digest(doubler_bundle: StoredBundle) -> None:

@@ -115,6 +115,22 @@ def test_a_version_that_is_not_known_is_not_taken_for_right() -> None:
     assert verdict(compare(code, packed, lock({"onnxruntime": "1.22.0"}, python="3.11.0"))) is True
 
 
+def test_another_build_of_a_needed_library_is_held_to_its_version() -> None:
+    packed = lock({"xgboost-cpu": "3.0.0"}, required=("xgboost-cpu",))
+    code = contract("python", "python")
+    assert verdict(compare(code, packed, lock({"xgboost": "3.0.0"}))) is True
+    assert verdict(compare(code, packed, lock({"xgboost": "3.0.1"}))) is False
+    assert (
+        verdict(compare(code, packed, lock({"xgboost": "3.0.1"}), read_rules({"xgboost-cpu": "compatible"})))
+        is True
+    )
+
+
+def test_a_needed_library_that_the_lock_does_not_have_is_not_taken_for_right() -> None:
+    packed = lock({}, required=("numpy",))
+    assert verdict(compare(contract("python", "python"), packed, lock({"numpy": "2.0.0"}))) is None
+
+
 def test_a_rule_that_there_is_not_is_refused() -> None:
     assert read_rules({"Scikit_Learn": "any"}) == {"scikit-learn": "any"}
     with pytest.raises(SettingsError, match="'newer' is no rule for numpy"):
