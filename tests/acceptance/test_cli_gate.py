@@ -42,6 +42,7 @@ def test_a_good_bundle_goes_through(parbake: Parbake, doubler_bundle: StoredBund
     assert lines[-1] == "doubler: may take traffic here"
 
 
+@pytest.mark.needs("sqlalchemy")
 def test_a_mismatch_is_refused_with_the_difference_and_goes_through_when_waived_by_name(
     parbake: Parbake, foreign: StoredBundle
 ) -> None:

@@ -106,7 +106,8 @@ async def _ran(asked: Asked, stored: StoredBundle, pool: RunnerPool) -> list[Che
     try:
         goldens = await asyncio.to_thread(stored.goldens)
         _check_form(stored, goldens)
-    except (ParbakeError, OSError, MemoryError) as error:
+    except Exception as error:
+        # Whoever wrote the bundle may have written anything; it is the bundle that fails, not the gate.
         return _not_run(_words(error))
     try:
         started = pool.start(
@@ -122,7 +123,7 @@ async def _ran(asked: Asked, stored: StoredBundle, pool: RunnerPool) -> list[Che
         runner = await asyncio.wait_for(started, _LOAD_S)
     except TimeoutError:
         return _not_run(f"the model was not loaded within {_LOAD_S:g} s")
-    except (ParbakeError, OSError) as error:
+    except Exception as error:
         return _not_run(_words(error), error.hint if isinstance(error, ParbakeError) else "")
     try:
         return await _questioned(asked, stored, goldens, runner)
@@ -150,7 +151,8 @@ async def _questioned(asked: Asked, stored: StoredBundle, goldens: Goldens, runn
             line.close()
     except TimeoutError:
         return _not_run(f"the model did not answer its goldens within {_ANSWER_S:g} s")
-    except (ParbakeError, OSError, EOFError, ValueError, MemoryError) as error:
+    except Exception as error:
+        # What the runner says is as the model wants it; it is the bundle that fails, not the gate.
         return _not_run(_words(error))
     deadline_ms = asked.deadline_ms if asked.deadline_ms is not None else contract.deadline_ms
     return [golden, gate.latency_check(measured, deadline_ms), gate.memory_check(measured, asked.max_bytes)]

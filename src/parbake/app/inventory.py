@@ -14,7 +14,7 @@ from msgspec import Struct
 from parbake.contract.bundle import MANIFEST, StoredBundle, read_bundle
 from parbake.contract.environment import capture
 from parbake.contract.model import Contract
-from parbake.errors import NotFound, ParbakeError
+from parbake.errors import BundleTorn, NotFound, ParbakeError
 from parbake.release import advisories as known
 from parbake.release.callers import Change, changes
 from parbake.release.gate import Waiver
@@ -231,6 +231,11 @@ def bundles_below(path: Path) -> Iterator[Path]:
 def diff(before: StoredBundle, after: StoredBundle) -> BundleDiff:
     """How two bundles differ. Raises `BundleTorn` where the goldens of one cannot be read."""
     old, new = before.contract, after.contract
+    try:
+        goldens = tuple(_goldens(before, after))
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        # They are whole, but not what their contract says.
+        raise BundleTorn(f"the goldens cannot be held against each other: {error}") from error
     return BundleDiff(
         before.digest,
         after.digest,
@@ -238,7 +243,7 @@ def diff(before: StoredBundle, after: StoredBundle) -> BundleDiff:
         changes(old, new),
         tuple(_contract(old, new)),
         tuple(_libraries(before, after)),
-        tuple(_goldens(before, after)),
+        goldens,
         tuple(_size(before, after)),
     )
 

@@ -18,7 +18,7 @@ from typing import Final
 
 import msgspec
 from msgspec import Struct
-from packaging.version import InvalidVersion, Version
+from packaging.version import Version
 
 from parbake.contract.model import Library
 from parbake.errors import SettingsError
@@ -235,7 +235,8 @@ def _affects(affected: _Affected, version: str) -> bool | None:
     try:
         here = Version(version)
         return any(_in_range(one, here) for one in ranges)
-    except InvalidVersion:
+    except ValueError:
+        # InvalidVersion is one, and so is a number with more digits than Python reads.
         return None
 
 

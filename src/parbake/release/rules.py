@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Final, Literal
 
 from msgspec import Struct
-from packaging.version import InvalidVersion, Version
+from packaging.version import Version
 
 from parbake.contract.model import Contract, Environment
 from parbake.errors import SettingsError
@@ -124,7 +124,8 @@ def compatible(left: str, right: str, name: str = "") -> bool:
     """Whether two versions are of one series: the same major one; below 1.0, and of Python, the same minor one."""
     try:
         return _series(left, name) == _series(right, name)
-    except InvalidVersion:
+    except ValueError:
+        # InvalidVersion is one, and so is a number with more digits than Python reads.
         return left == right
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import numpy as np
 import pytest
 
 from parbake.app.gate import Asked, run_gate
-from parbake.contract.bundle import Goldens, StoredBundle, write_bundle
+from parbake.app.inventory import diff
+from parbake.contract.bundle import Goldens, StoredBundle, read_bundle, write_bundle
 from parbake.contract.environment import capture
 from parbake.contract.model import Contract, Library, Step, TensorSpec
+from parbake.errors import BundleTorn
 from parbake.release.gate import CHECKS, GateReport, make_waiver
 
 
@@ -186,6 +189,34 @@ def test_a_bundle_that_cannot_be_read_reaches_no_other_check(
     assert not run_gate(Asked(tmp_path / "nowhere")).ok
     (doubler_bundle.path / "manifest.json").write_text("[" * 10_000)
     assert not run_gate(Asked(doubler_bundle.path)).ok
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"inputs": [{"name": "x", "datatype": "INT64"}]},
+        {"inputs": [{"name": "x", "datatype": "FP64", "shape": [3]}]},
+        {"outputs": [{"name": "y", "datatype": "BYTES"}]},
+        {"outputs": [{"name": "y", "datatype": "FP64", "shape": [-1]}]},
+        {"steps": [{"kind": "python", "path": "../../etc", "entry": "own_f:f"}]},
+        {"steps": [{"kind": "onnx", "path": "source/own_f.py"}]},
+        {"steps": []},
+        {"inputs": []},
+        {"outputs": []},
+        {"tolerance": {"rtol": -1.0, "atol": 1e308}},
+        {"batch": {"dimension": "none", "multiple_of": 0, "max_rows": -5}},
+        {"key": {"columns": ["nowhere"]}},
+    ],
+)
+def test_a_contract_that_lies_fails_and_does_not_crash(tmp_path: Path, change: dict[str, Any]) -> None:
+    sound = function_bundle(tmp_path / "sound.bundle", "def f(x): return x", [1.0, 2.0])
+    bundle = function_bundle(tmp_path / "f.bundle", "def f(x): return x", [1.0, 2.0])
+    reseal(bundle, lambda contract: contract.update(change))
+    report = run_gate(Asked(bundle.path, against=sound.path))
+    assert [check.verdict for check in report.checks if check.name == "digest"] == ["passed"]
+    assert run_gate(Asked(sound.path, against=bundle.path)).name == "f"
+    with suppress(BundleTorn):
+        assert not diff(sound, read_bundle(bundle.path)).same
 
 
 def test_goldens_that_are_not_those_of_the_contract_are_reported(tmp_path: Path) -> None:

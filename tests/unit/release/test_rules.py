@@ -73,6 +73,7 @@ def test_compatible_is_an_equivalence(left: str, middle: str, right: str) -> Non
         ("1.0", "1.0.0rc1", "", True),
         ("not a version", "not a version", "", True),
         ("not a version", "1.0", "", False),
+        ("1" * 5000, "1.0", "", False),
     ],
 )
 def test_what_is_compatible(left: str, right: str, name: str, expected: bool) -> None:
