@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import platform
 
+import msgspec
 from msgspec.structs import replace
 
 from parbake.contract.environment import capture, differences, distributions
-from parbake.contract.model import Environment, Library
+from parbake.contract.model import Contract, Environment, Library, Step, TensorSpec
 
 HERE = Environment(
     "3.11.7", "CPython", "Linux 6.1", "x86_64", (Library("numpy", "2.1.0"), Library("rich", "14.0"))
@@ -49,3 +51,30 @@ def test_a_module_is_traced_to_its_distribution() -> None:
     found = distributions()
     assert found["google"] == "protobuf"
     assert "json" not in found
+
+
+def test_the_lock_names_the_machine() -> None:
+    lock = capture()
+    assert lock.os
+    assert isinstance(lock.cpu, str)
+    found = {d.name: (d.packed, d.here, d.required) for d in differences(replace(lock, os="debian 1"), lock)}
+    assert found == {"os": ("debian 1", lock.os, False)}
+
+
+def test_a_lock_from_before_the_machine_was_kept_is_read_and_differs_in_nothing() -> None:
+    raw = msgspec.to_builtins(capture())
+    for name in ("os", "cpu", "gpus"):
+        del raw[name]
+    old = msgspec.json.decode(json.dumps(raw), type=Environment)
+    assert (old.os, old.cpu, old.gpus) == ("", "", ())
+    assert differences(old, capture()) == []
+
+
+def test_a_contract_without_training_data_and_run_is_written_as_before() -> None:
+    contract = Contract(
+        "f", (TensorSpec("x", "FP64"),), (TensorSpec("y", "FP64"),), (Step("onnx", "m.onnx"),), "p", "o"
+    )
+    assert set(json.loads(msgspec.json.encode(contract))) == {
+        "name", "inputs", "outputs", "steps", "purpose", "owner",
+    }  # fmt: skip
+    assert b'"run":"7"' in msgspec.json.encode(replace(contract, run="7"))
