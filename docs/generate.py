@@ -18,13 +18,24 @@ from prometheus_client.parser import text_string_to_metric_families
 import parbake
 from parbake import errors, testing
 from parbake.app.control import AllCounts, HeadCounts, LogRows, VersionCounts
-from parbake.app.metrics import DemandState, RoomsState, RunnerState, ServerState, VersionState, render
+from parbake.app.metrics import (
+    DemandState,
+    RoomsState,
+    RoutesState,
+    RunnerState,
+    ServerState,
+    VersionState,
+    render,
+)
 from parbake.app.rooms import LOAD_BOUNDS_S
+from parbake.app.routes import RouteCounts
 from parbake.cli.exits import EXITS, Exit
 from parbake.cli.main import COMMANDS, group
 from parbake.contract.model import Contract, Step, TensorSpec
 from parbake.monitoring.model import Estimate, Traffic
+from parbake.serving.route import Arm, Route
 from parbake.serving.service import ServedVersion
+from parbake.serving.shadow import ShadowCounts
 from parbake.serving.stats import BATCH_BOUNDS, BOUNDS_S, Stats
 from parbake.settings import Declared, DeploymentSettings, ReleaseSettings, ServerSettings, declared
 from parbake.transports import admin
@@ -330,11 +341,19 @@ def _metrics() -> Iterator[str]:
         ServerState(0.0, 1, 0, 1),
         [VersionState("eta", "1", "hybrid", "sha256:", 1, 1.0)],
         [RunnerState("eta", "1", 0, 1)],
-        AllCounts((VersionCounts("eta", "1", stats.counts(0), HeadCounts()),), 0, {}, LogRows(), {"team": 1}),
+        AllCounts(
+            (VersionCounts("eta", "1", stats.counts(0), HeadCounts()),),
+            0,
+            {},
+            LogRows(),
+            {"team": 1},
+            RouteCounts({"eta": {"1": {"weights": 1}}}, {"eta": {"2": ShadowCounts()}}),
+        ),
         {"eta": Traffic(1, Estimate(1, 1, 1), 0.0, 1.0, (), 0.0, 0.0, 0.0)},
         RoomsState(
             [DemandState("eta", "1", True, 1, 1, 0)], 0, 0, LOAD_BOUNDS_S, [1] * (len(LOAD_BOUNDS_S) + 1), 1.0
         ),
+        RoutesState([Route("eta", "1", (Arm("1", 1.0),))], 1, 1, 1),
     )
     rows = []
     for family in text_string_to_metric_families(page):

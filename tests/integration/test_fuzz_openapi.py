@@ -42,13 +42,13 @@ mode = "static"
 table = "store.table"
 """
 
-# Two things that JSON Schema cannot say: how many values a shape takes, and that a list is too long in another way
-# (413) than a value is wrong (400).
+# Three things that JSON Schema cannot say: how many values a shape takes, that a list is too long in another way
+# (413) than a value is wrong (400), and that labels are for deployments that expect some.
 CHECKS = """
 [checks.negative_data_rejection]
 expected-statuses = [400, 403, 404, 405, 413]
 [[operations]]
-include-path-regex = "/infer$"
+include-path-regex = "/(infer|labels)$"
 [operations.checks.positive_data_acceptance]
 enabled = false
 """

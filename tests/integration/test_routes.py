@@ -17,7 +17,7 @@ from tritonclient.utils import InferenceServerException
 
 from parbake.app.routes import RouteChange
 from parbake.errors import Conflict, InvalidInput, ModelNotFound
-from parbake.serving.observer import default_bins
+from parbake.runtime.observation import Bins
 from parbake.serving.route import Arm, Route, Rule, Shadow, Watch
 from parbake.testing import Server, serving
 from parbake.transports import client
@@ -195,7 +195,8 @@ def test_what_is_observed_is_what_callers_got(tmp_path: Path) -> None:
     )
     first = write_scaled(tmp_path / "first.bundle", 2)
     with serving(first.path, moody.path, workers=2, grpc=True) as server, Call(server.url) as call:
-        watch = Watch(segment="right", bins=default_bins(first.contract.outputs[0], [10.0, 20.0, 30.0]))
+        bins = Bins((10.0, 20.0, 30.0))
+        watch = Watch(segment="right", bins=bins)
         use(server, weights(0.5, 0.5, rescue=False, watch=watch))
         got: Counter[tuple[str, bool]] = Counter()
         firsts: dict[str, list[float]] = {"1": [], "2": []}
@@ -236,11 +237,8 @@ def test_what_is_observed_is_what_callers_got(tmp_path: Path) -> None:
             assert (observation.requests, observation.failures) == (ok + failed, failed)
             assert sum(observation.latency) == ok
             assert sum(observation.outputs[""]) == ok
-            edges = watch.bins.edges if watch.bins is not None else ()
-            places = np.bincount(
-                np.searchsorted(edges, firsts[version], side="left"), minlength=len(edges) + 1
-            )
-            assert list(observation.outputs[""]) == places.tolist()
+            places = Counter(map(bins.place, firsts[version]))
+            assert observation.outputs[""] == tuple(places[place] for place in range(bins.count))
             segments = {name for name in observation.outputs if name}
             assert segments <= {str(int(right)) for _, right in ROWS}
             assert 0 < len(segments) <= 64
@@ -312,7 +310,7 @@ def test_labels_find_the_predictions_that_they_are_about(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("body", "status", "says"),
     [
-        ({"labels": []}, 400, "no labels"),
+        ({"labels": []}, 400, "length >= 1"),
         ({"labels": [{"label": 1}]}, 400, "an id or a key"),
         ({"labels": [{"id": "a", "label": "high"}]}, 202, ""),
         ({"labels": [{"key": "zz", "label": 1}]}, 400, "hexadecimal"),

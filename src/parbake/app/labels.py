@@ -108,15 +108,14 @@ class LabelStore:
                 f"{name!r} expects no labels",
                 hint=f"parbake route {name} --loss says how they are to be used",
             )
-        losses = [
-            (found, [_loss(kept.loss, item.value, label.label, i) for item in found])
-            for i, label in enumerate(labels)
-            for found in [_find(kept, label)]
-        ]
+        # All of them first: a request that is refused has changed nothing.
+        truths = [_truth(kept.loss, label.label, i) for i, label in enumerate(labels)]
         accepted = 0
-        for found, values in losses:
+        for label, truth in zip(labels, truths, strict=True):
+            found = _find(kept, label)
             accepted += bool(found)
-            for item, loss in zip(found, values, strict=True):
+            for item in found:
+                loss = _loss(kept.loss, item.value, truth)
                 for segment in dict.fromkeys(("", item.segment)):
                     place = (item.version, item.shadow, segment)
                     n, total, squares = kept.sums.get(place, (0, 0.0, 0.0))
@@ -131,6 +130,17 @@ class LabelStore:
         if kept is None:
             return {}
         return {s: sums for (v, other, s), sums in kept.sums.items() if (v, other) == (version, shadow)}
+
+    def rewards(self, name: str) -> dict[str, tuple[float, float]]:
+        """By version of those that answer, the sum of the rewards and of what was missing to 1."""
+        kept = self._kept.get(name)
+        if kept is None:
+            return {}
+        return {
+            version: (number - loss, loss)
+            for (version, shadow, segment), (number, loss, _) in kept.sums.items()
+            if not shadow and not segment
+        }
 
     def labelled(self, item: Observed) -> Observed:
         """What was observed of a version, with what labels said of it."""
@@ -169,21 +179,28 @@ def _find(kept: _Kept, label: Labelled) -> list[Foretold]:
     return [found, *(other for other in others if other is not None)]
 
 
-def _loss(loss: Loss, predicted: float | str, label: Value, at: int) -> float:
-    """How far a prediction is from what was true. Raises `InvalidInput` for a label that says nothing."""
-    path = f"$.labels[{at}].label"
+def _truth(loss: Loss, label: Value, at: int) -> float | str:
+    """A label as a loss takes it. Raises `InvalidInput` for one that says nothing."""
     if loss == "zero_one":
-        return float(words(label) != words(predicted))
+        return words(label)
+    path = f"$.labels[{at}].label"
     try:
         truth = float(label)
-        guess = 0.0 if loss == "reward" else float(predicted)
     except ValueError as error:
         raise InvalidInput(f"expected a number, got {label!r}"[:120], path=path) from error
     if not math.isfinite(truth) or (loss == "reward" and not 0 <= truth <= 1):
         wanted = "a reward from 0 to 1" if loss == "reward" else "a finite number"
         raise InvalidInput(f"expected {wanted}, got {truth}", path=path)
+    return truth
+
+
+def _loss(loss: Loss, predicted: float | str, truth: float | str) -> float:
+    """How far a prediction is from what was true."""
+    if isinstance(truth, str):
+        return float(truth != words(predicted))
     if loss == "reward":
         return 1 - truth
-    # A prediction that is no number is as wrong as one can be; its loss must not swallow all others.
-    apart = abs(truth - guess) if math.isfinite(guess) else abs(truth)
+    # A prediction that is no number is as wrong as none at all; its loss must not swallow all others.
+    guess = predicted if isinstance(predicted, float) and math.isfinite(predicted) else 0.0
+    apart = abs(truth - guess)
     return apart * apart if loss == "squared" else apart

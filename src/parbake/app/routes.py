@@ -18,11 +18,13 @@ from parbake.errors import Conflict, InvalidInput, ParbakeError, SettingsError
 from parbake.logs import log
 from parbake.runtime.observation import Observation
 from parbake.serving.observer import Foretold, default_bins, watched
-from parbake.serving.route import Arm, Route, Rule, Shadow, Watch, check_served
+from parbake.serving.route import Arm, Route, Rule, Shadow, Watch, bandit_weights, check_served
 from parbake.serving.routed import Role, Routed, Told
 from parbake.serving.service import ServedVersion
 from parbake.serving.shadow import ShadowCounts, Shadows
 
+_LEAST_CHANGE: Final = 0.01
+"""Change of a weight for which a bandit's route is not changed."""
 _KEPT: Final = 100
 """Revisions of a route that are remembered."""
 
@@ -187,14 +189,35 @@ class RouteBook:
         revisions = self._revisions.get(name)
         return revisions[-1].route if revisions else None
 
+    def number(self, name: str) -> int:
+        """The revision in force; 0 before there was any."""
+        revisions = self._revisions.get(name)
+        return revisions[-1].revision if revisions else 0
+
     def revisions(self, name: str) -> tuple[Revision, ...]:
         """All that is remembered of a deployment's routes, the newest last."""
         return tuple(self._revisions.get(name, ()))
 
+    def check(self, served: Mapping[tuple[str, str], StoredBundle]) -> None:
+        """Raise `Conflict` where what shall be served does not fit a route in force."""
+        for route in self.in_force:
+            contracts = {
+                v: bundle.contract for (name, v), bundle in served.items() if name == route.deployment
+            }
+            if not contracts:
+                # Unloaded; the route waits for it.
+                continue
+            try:
+                check_served(route, contracts)
+            except ParbakeError as error:
+                raise Conflict(
+                    f"the route of {route.deployment!r} does not fit what would be served: {error.message}",
+                    hint=f"change the route first: parbake route {route.deployment}",
+                ) from error
+
     def plan(self, name: str, change: RouteChange, contracts: Mapping[str, Contract]) -> Revision:
         """What a change comes to; ``contracts`` are those of the versions served. Raises `ParbakeError`."""
-        revisions = self._revisions.get(name, [])
-        now, number = self.get(name), revisions[-1].revision if revisions else 0
+        now, number = self.get(name), self.number(name)
         if change.revision is not None and change.revision != number:
             raise Conflict(
                 f"the route of {name!r} is at revision {number}, not {change.revision}",
@@ -295,6 +318,18 @@ def _moment(text: str) -> float:
             hint="write 2026-11-21T08:00:00+00:00, or without a zone for local time",
         ) from error
     return moment.timestamp()
+
+
+def rebalanced(route: Route, rewards: Mapping[str, tuple[float, float]]) -> Route | None:
+    """A bandit's route with weights by what its versions have earned; None where they would hardly differ.
+
+    ``rewards``: see `parbake.serving.route.bandit_weights`.
+    """
+    weights = bandit_weights({arm.version: rewards.get(arm.version, (0.0, 0.0)) for arm in route.arms})
+    if all(abs(weights[arm.version] - arm.weight) < _LEAST_CHANGE for arm in route.arms):
+        return None
+    arms = tuple(Arm(version, weight) for version, weight in weights.items())
+    return msgspec.structs.replace(route, arms=arms)
 
 
 def add_counts(parts: Sequence[RouteCounts]) -> RouteCounts:

@@ -57,7 +57,7 @@ from parbake.app.keys import read_keys
 from parbake.app.labels import Labelled, LabelStore
 from parbake.app.plan import Placed, Plan, PlanEntry
 from parbake.app.rooms import RoomModel, Rooms
-from parbake.app.routes import RouteBook, RouteChange, RouteStatus, default_watch
+from parbake.app.routes import RouteBook, RouteChange, RouteStatus, default_watch, rebalanced
 from parbake.app.routes import add_counts as add_route_counts
 from parbake.app.wiring import TableFacts, open_table, table_facts
 from parbake.contract.bundle import StoredBundle, read_bundle
@@ -100,6 +100,8 @@ _START_S: Final = 30.0
 _COUNTS_TIMEOUT_S: Final = 2.0
 _COUNTS_EVERY_S: Final = 5.0
 _CHECK_EVERY_S: Final = 1.0
+_REWARDS_S: Final = 2.0
+"""How often the weights of bandits are looked at."""
 _GROWN: Final = 1.5
 """How many times as large as after its start a runner must be to be replaced for its size."""
 _SILENT_S: Final = 2.5
@@ -303,6 +305,7 @@ class Supervisor:
             await self._apply(resolved)
         self._spawn(self._poll_counts())
         self._spawn(self._follow_advice())
+        self._spawn(self._follow_rewards())
         self._spawn(self._check_fronts())
         self._spawn(self._check_runners())
 
@@ -553,6 +556,23 @@ class Supervisor:
         Raises `Conflict`, `InvalidInput`.
         """
         return self._labels.take(name, labels)
+
+    async def _follow_rewards(self) -> None:
+        """Give the versions of a bandit's route weights by what labels say that they earned."""
+        while True:
+            await asyncio.sleep(_REWARDS_S)
+            for route in self._routes.in_force:
+                if route.kind != "bandit" or route.killed:
+                    continue
+                changed = rebalanced(route, self._labels.rewards(route.deployment))
+                if changed is None:
+                    continue
+                try:
+                    await self.set_route(
+                        route.deployment, RouteChange(changed, revision=self._routes.number(route.deployment))
+                    )
+                except ParbakeError as error:
+                    log().warning("route.not_rebalanced", deployment=route.deployment, error=error.message)
 
     def _no_deployment(self, name: str) -> ModelNotFound:
         names = ", ".join(dict.fromkeys(t.name for t in self._targets))
@@ -897,6 +917,7 @@ class Supervisor:
 
     async def _apply(self, wanted: Resolved, targets: list[Target] | None = None) -> None:
         """Prepare a plan on every front, then commit it."""
+        self._routes.check(wanted.bundles)
         generation = self._plan.generation + 1
         started: list[Runner] = []
         before = dict(self._runners)

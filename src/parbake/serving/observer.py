@@ -19,7 +19,7 @@ from parbake.contract.datatypes import INTEGERS, NUMPY
 from parbake.contract.model import Contract, TensorSpec
 from parbake.contract.tensors import Shape, split_bytes
 from parbake.errors import InvalidInput
-from parbake.runtime.observation import LATENCY_EDGES_MS, Bins, Observation
+from parbake.runtime.observation import LATENCY_EDGES_MS, MOST_BINS, Bins, Observation
 from parbake.serving.model import Answer
 from parbake.serving.route import Column, Watch, words
 from parbake.serving.service import ServedVersion
@@ -63,8 +63,8 @@ class Observer:
         self._output, self._spec = watched(served.contract, watch.output)
         self._column = Column(served.contract, watch.segment) if watch.segment else None
         self._requests = self._failures = 0
-        self._latency = np.zeros(len(LATENCY_EDGES_MS) + 1, np.int64)
-        self._outputs: dict[str, npt.NDArray[np.int64]] = {"": np.zeros(_places(bins), np.int64)}
+        self._latency = np.zeros(len(LATENCY_EDGES_MS), np.int64)
+        self._outputs: dict[str, npt.NDArray[np.int64]] = {"": np.zeros(bins.count, np.int64)}
         self._segments: dict[bytes, str] = {}
         self._log: list[tuple[float, int, Sequence[bytes], Sequence[Shape], Answer, str]] = []
         self._rows = 0
@@ -103,7 +103,7 @@ class Observer:
         return Observation(
             self._requests,
             self._failures,
-            tuple(self._latency.tolist()),
+            tuple(self._latency.tolist()) if self._latency.any() else (),
             {segment: tuple(counts.tolist()) for segment, counts in self._outputs.items()},
             {},
         )
@@ -122,13 +122,14 @@ class Observer:
         segments: list[str] = []
         for _, rows, raws, shapes, answer, request_id in noted:
             mine = self._values(answer, rows)
-            theirs = self._segments_of(raws, rows)
-            values += mine
-            segments += theirs
+            theirs = self._segments_of(raws, rows if self._watch.loss else 1)
+            # Of the rows of a request one is counted: those that came together are not independent.
+            values.append(mine[0])
+            segments.append(theirs[0])
             if self._watch.loss:
                 self._foretell(mine, theirs, raws, rows, shapes, request_id)
-        places = _bin(self._bins, values)
-        self._outputs[""] += np.bincount(places, minlength=len(self._outputs[""]))
+        places = places_of(self._bins, values)
+        self._outputs[""] += np.bincount(places, minlength=self._bins.count)
         for segment in dict.fromkeys(segments):
             if not segment:
                 continue
@@ -136,7 +137,7 @@ class Observer:
             if counts is None:
                 counts = self._outputs[segment] = np.zeros_like(self._outputs[""])
             inside = np.array([other == segment for other in segments])
-            counts += np.bincount(places[inside], minlength=len(counts))
+            counts += np.bincount(places[inside], minlength=self._bins.count)
 
     def _values(self, answer: Answer, rows: int) -> list[float | str]:
         """The watched value of each row: a number, or a class in words."""
@@ -153,7 +154,7 @@ class Observer:
             labels = spec.labels
             return [labels[i] if i < len(labels) else str(i) for i in table.argmax(axis=1).tolist()]
         column = table[:, min(self._watch.place, elements - 1)].tolist()
-        if has_classes(self._bins):
+        if self._bins.classes:
             return [words(value) for value in column]
         return [float(value) for value in column]
 
@@ -196,47 +197,26 @@ class Observer:
             )
 
 
-def default_bins(spec: TensorSpec, values: Sequence[float | str], most: int = 20) -> Bins:
+def default_bins(spec: TensorSpec, values: Sequence[float | str]) -> Bins:
     """Bins for an output by what it has been: one for each class, or quantiles of the numbers."""
     if is_distribution(spec):
-        elements = spec.elements if spec.fixed else len(spec.labels)
-        return class_bins([spec.labels[i] if i < len(spec.labels) else str(i) for i in range(elements)])
+        return Bins.of_classes(spec.labels)
     counted = Counter(map(words, values))
-    few = spec.datatype in INTEGERS and len(counted) < most
+    few = spec.datatype in INTEGERS and len(counted) <= MOST_BINS
     if spec.datatype in ("BYTES", "BOOL") or few:
-        return class_bins([value for value, _ in counted.most_common(most - 1)])
-    numbers = np.array([value for value in values if math.isfinite(float(value))], np.float64)
-    if not numbers.size:
-        return number_bins([0.0])
-    return number_bins(np.unique(np.quantile(numbers, np.arange(1, most) / most)).tolist())
+        return Bins.of_classes(value for value, _ in counted.most_common(MOST_BINS))
+    return Bins.of_numbers(map(float, values))
 
 
-def _places(bins: Bins) -> int:
-    """How many counts there are."""
-    return len(bins.classes) + 1 if bins.classes else len(bins.edges) + 1
-
-
-def has_classes(bins: Bins) -> bool:
-    """Whether values are counted by what they are, and not by where they lie."""
-    return bool(bins.classes)
-
-
-def number_bins(edges: Sequence[float]) -> Bins:
-    """Bins between these numbers."""
-    return Bins(edges=tuple(edges))
-
-
-def class_bins(classes: Sequence[str]) -> Bins:
-    """A bin for each class, and one for all others."""
-    return Bins(classes=tuple(classes))
-
-
-def _bin(bins: Bins, values: Sequence[float | str]) -> npt.NDArray[np.int64]:
-    """In which bin each value lies."""
+def places_of(bins: Bins, values: Sequence[float | str]) -> npt.NDArray[np.int64]:
+    """`Bins.place` of many values."""
     if bins.classes:
-        places = {name: place for place, name in enumerate(bins.classes)}
-        return np.array([places.get(str(value), len(places)) for value in values], np.int64)
-    return np.searchsorted(bins.edges, np.array(values, np.float64), side="left")
+        known = {name: place for place, name in enumerate(bins.classes)}
+        return np.array([known.get(str(value), len(known)) for value in values], np.int64)
+    numbers = np.array(values, np.float64)
+    return np.where(
+        np.isnan(numbers), bins.count - 1, np.searchsorted(bins.edges, numbers, side="right")
+    ).astype(np.int64)
 
 
 def is_distribution(spec: TensorSpec) -> bool:

@@ -152,6 +152,8 @@ class Route(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True)
             raise ValueError(f"weights must add up to 1, got {total:g}")
         if self.sticky and self.sticky.partition(":")[0] not in ("header", "parameter"):
             raise ValueError(f"sticky is {self.sticky!r}, expected header:NAME or parameter:NAME")
+        if self.kind == "bandit" and (self.watch is None or self.watch.loss not in ("reward", "zero_one")):
+            raise ValueError("a bandit needs labels: watch with loss reward or zero_one")
         if self.timeout_ms is not None and not self.timeout_ms > 0:
             raise ValueError(f"timeout is {self.timeout_ms:g} ms, expected more than 0")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import msgspec
 from msgspec import Struct
@@ -21,9 +21,9 @@ _LONGEST: Final = 200
 class GivenLabel(Struct, frozen=True, forbid_unknown_fields=True):
     """One label: of row ``row`` of request ``id``, or of ``key`` (hexadecimal, or the values of its columns)."""
 
-    label: float | str | bool
-    id: str = ""
-    row: int = 0
+    label: float | Annotated[str, msgspec.Meta(max_length=_LONGEST)] | bool
+    id: Annotated[str, msgspec.Meta(max_length=_LONGEST)] = ""
+    row: Annotated[int, msgspec.Meta(ge=0)] = 0
     key: str | dict[str, Any] = ""
     at: float | None = None
     """Unix time at which it became known."""
@@ -32,7 +32,8 @@ class GivenLabel(Struct, frozen=True, forbid_unknown_fields=True):
 class LabelsRequest(Struct, frozen=True, forbid_unknown_fields=True):
     """Body of ``POST /labels`` and ``POST /v2/models/NAME/labels``."""
 
-    labels: tuple[GivenLabel, ...]
+    labels: Annotated[list[GivenLabel], msgspec.Meta(min_length=1)]
+    """At most `MOST_LABELS`."""
     deployment: str = ""
 
 
@@ -47,8 +48,6 @@ def read_labels(
             path="$.labels",
             hint="send several requests",
         )
-    if not request.labels:
-        raise InvalidInput("there are no labels", path="$.labels", hint="send at least one")
     if name and request.deployment not in ("", name):
         raise InvalidInput(
             f"the URL says {name!r}, the body {request.deployment[:80]!r}", path="$.deployment"
@@ -64,8 +63,6 @@ def read_labels(
         path = f"$.labels[{i}]"
         if bool(given.id) == bool(given.key):
             raise InvalidInput("a label has an id or a key", path=path, hint="id is that of the request")
-        if len(given.id) > _LONGEST or (isinstance(given.label, str) and len(given.label) > _LONGEST):
-            raise InvalidInput(f"ids and labels have at most {_LONGEST} characters", path=path)
         key = _key(contract, given.key, f"{path}.key") if given.key else b""
         labels.append(Labelled(given.label, given.id, given.row, key, given.at))
     return name, tuple(labels)

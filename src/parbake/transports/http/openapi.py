@@ -11,6 +11,7 @@ import msgspec
 from parbake.contract.datatypes import FLOATS, INTEGERS
 from parbake.contract.model import TensorSpec
 from parbake.serving.service import ServedVersion
+from parbake.transports.http.labels import LabelsRequest
 from parbake.transports.http.people import Column, bounds_of, columns_of, example_row, labels_of
 from parbake.transports.inputs import NON_FINITE, wire_shape
 from parbake.transports.metadata import server_metadata
@@ -118,6 +119,8 @@ class _Document:
         version = _parameter("version", "path", {"type": "string", "enum": numbers}, "A version of it.")
         if not names:
             return
+        for path, parameters in (("/v2/models/{name}/labels", [name]), ("/labels", [])):
+            self._labels(path, parameters)
         for start, parameters in (
             ("/v2/models/{name}", [name]),
             ("/v2/models/{name}/versions/{version}", [name, version]),
@@ -158,6 +161,33 @@ class _Document:
                     "responses": self._answers(_object(), 400, 403, 404, 405, 409, 422, 500, 503),
                 }
             }
+
+    def _labels(self, path: str, parameters: list[Schema]) -> None:
+        """Where labels are sent to."""
+        (given,), schemas = msgspec.json.schema_components(
+            [LabelsRequest], ref_template="#/components/schemas/{name}"
+        )
+        self._schemas.update(schemas)
+        responses = self._answers(
+            _object(accepted={"type": "integer"}, unknown={"type": "integer"}),
+            400,
+            404,
+            405,
+            409,
+            413,
+            500,
+            503,
+        )
+        self._paths[path] = {
+            "post": {
+                "summary": "What turned out to be true, for versions that are compared.",
+                "tags": ["models"],
+                "parameters": parameters,
+                "requestBody": _body(given, required=True),
+                # Taken, and held against predictions that may still be on their way.
+                "responses": {"202": responses.pop("200"), **responses},
+            }
+        }
 
     def keys(self) -> None:
         """Say of everything but probes and pages that it needs an API key, and what is answered without."""
