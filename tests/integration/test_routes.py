@@ -15,14 +15,19 @@ import pytest
 import tritonclient.grpc as grpcclient
 from tritonclient.utils import InferenceServerException
 
+from parbake.app.keys import add_key
 from parbake.app.routes import RouteChange
+from parbake.app.supervisor import Change
+from parbake.cli.exits import Exit
+from parbake.contract.model import TensorSpec
 from parbake.errors import Conflict, InvalidInput, ModelNotFound
 from parbake.runtime.observation import Bins
 from parbake.serving.route import Arm, Route, Rule, Shadow, Watch
 from parbake.testing import Server, serving
 from parbake.transports import client
+from tests.conftest import Parbake
 from tests.functions import write_function, write_scaled
-from tests.traffic import Call, Noted, answer, calling, infer, once, rows, wait_for
+from tests.traffic import Call, Noted, answer, bake_rows, calling, infer, once, rows, wait_for
 
 ROWS = [(float(n), float(n + 1)) for n in range(1, 60)]
 
@@ -312,7 +317,7 @@ def test_labels_find_the_predictions_that_they_are_about(tmp_path: Path) -> None
     [
         ({"labels": []}, 400, "length >= 1"),
         ({"labels": [{"label": 1}]}, 400, "an id or a key"),
-        ({"labels": [{"id": "a", "label": "high"}]}, 202, ""),
+        ({"labels": [{"id": "a", "label": "high"}]}, 400, "expected a number"),
         ({"labels": [{"key": "zz", "label": 1}]}, 400, "hexadecimal"),
         ({"labels": [{"key": {"left": 1}, "label": 1}]}, 400, "left, right"),
         ({"labels": [{"id": "a", "label": 1}] * 10_001}, 413, "the limit is 10000"),
@@ -338,3 +343,180 @@ def server_with_labels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
         with serving(*two(folder), workers=1) as server:
             use(server, weights(1, watch=Watch(loss="absolute")))
             yield server
+
+
+@pytest.mark.parametrize("mode", ["static", "hybrid"])
+def test_each_version_answers_from_its_own_table(tmp_path: Path, mode: str) -> None:
+    """A key that moves to the other version gets that one's prediction, baked or not."""
+    asked = ROWS[:20]
+    written = []
+    for number in (2, 3):
+        bundle = write_scaled(tmp_path / f"{number}.bundle", number)
+        # Hybrid mode asks the model for what is not there.
+        table = bake_rows(bundle, asked if mode == "static" else asked[:10], tmp_path / f"{number}.table")
+        written.append(f'[[deployments]]\nbundle = "{bundle.path}"\nmode = "{mode}"\ntable = "{table}"\n')
+    config = tmp_path / "parbake.toml"
+    config.write_text("\n".join(written))
+    with serving(config=config, workers=1) as server, Call(server.url) as call:
+        for share in (0.0, 0.5, 1.0, 0.5, 0.0):
+            use(server, weights(1 - share, share))
+            got = {factor(call("/v2/models/scaled/infer", infer(row)), row) for row in asked}
+            assert got == {0.0: {2}, 0.5: {2, 3}, 1.0: {3}}[share]
+        use(server, shadowed())
+        for row in asked:
+            assert factor(call("/v2/models/scaled/infer", infer(row)), row) == 2
+        wait_for(lambda: client.route("scaled", port=server.port).shadows["2"].rows == len(asked))
+
+
+def test_a_reload_keeps_the_route_and_one_that_does_not_fit_it_is_refused(tmp_path: Path) -> None:
+    first, second = two(tmp_path)
+    ask = rows("scaled", *ROWS)
+    with serving(first, second, workers=1) as server:
+        use(server, weights(0.5, 0.5))
+        with calling(server.url, ask) as callers:
+            # What is read again is the version that callers get by default without a route.
+            write_scaled(tmp_path / "4.bundle", 4)
+            client.reload([Change(bundle=str(tmp_path / "4.bundle"))], port=server.port)
+            callers[0].wait(2 * len(ROWS))
+            strange = write_function(
+                tmp_path,
+                "def predict(x):\n    return x\n",
+                name="scaled",
+                outputs=(TensorSpec("z", "FP32", (2,)),),
+            )
+            with pytest.raises(
+                Conflict, match=r"the route of 'scaled' does not fit.*the outputs of version 2"
+            ):
+                client.reload([Change(bundle=str(strange.path))], port=server.port)
+            callers[0].wait(10)
+        assert callers[0].failures == []
+        seen = {
+            (n.json()["model_version"], answer(n)[0] / ROWS[i % len(ROWS)][0])
+            for i, n in enumerate(callers[0].noted)
+        }
+        assert seen == {("1", 2), ("2", 3), ("2", 4)}
+        page = once(server.url, "/metrics").body.decode()
+        assert 'parbake_route_weight{deployment="scaled",version="2"} 0.5' in page
+        assert 'parbake_route_revision{deployment="scaled"} 1.0' in page
+        total = sum(
+            float(line.rpartition(" ")[2])
+            for line in page.splitlines()
+            if line.startswith("parbake_routed_requests_total{")
+        )
+        assert total == len(callers[0].noted)
+        assert once(server.url, "/v2/repository/models/scaled/unload", b"{}").status == 200
+        assert once(server.url, "/v2/models/scaled/infer", infer(ROWS[0])).status == 503
+        assert once(server.url, "/v2/repository/models/scaled/load", b"{}").status == 200
+        got = {
+            once(server.url, "/v2/models/scaled/infer", infer(row)).json()["model_version"] for row in ROWS
+        }
+        assert got == {"1", "2"}
+
+
+def test_what_was_observed_outlives_the_front_that_saw_it(tmp_path: Path) -> None:
+    with serving(*two(tmp_path), workers=1) as server:
+        use(server, weights(1, 0, watch=Watch()))
+        for row in ROWS[:7]:
+            once(server.url, "/v2/models/scaled/infer", infer(row))
+        assert client.route("scaled", port=server.port).observed[0].observation.requests == 7
+        (pid,) = client.status(port=server.port).front_pids
+        os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: client.status(port=server.port).front_pids not in ((), (pid,)))
+        for row in ROWS[:5]:
+            assert once(server.url, "/v2/models/scaled/infer", infer(row)).status == 200
+        (observed,) = client.route("scaled", port=server.port).observed
+        assert observed.observation.requests == 12
+        assert observed.observation.fault() is None
+
+
+def test_labels_need_the_key_that_predictions_need(tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    good, other = add_key(file, "good", ["scaled"]), add_key(file, "other", ["something"])
+    body = {"labels": [{"id": "a", "label": 1}]}
+    with serving(*two(tmp_path), workers=1, api_keys=file) as server:
+        use(server, weights(1, watch=Watch(loss="absolute")))
+        for path, more in (("/v2/models/scaled/labels", {}), ("/labels", {"deployment": "scaled"})):
+            data = json.dumps({**body, **more}).encode()
+            assert once(server.url, path, data).status == 401
+            assert once(server.url, path, data, authorization=f"Bearer {other}").status == 403
+            assert once(server.url, path, data, authorization=f"Bearer {good}").status == 202
+
+
+def test_a_shadow_that_hangs_does_not_keep_the_server_from_ending(tmp_path: Path) -> None:
+    slow = write_function(tmp_path, SLOW.format(seconds=0), name="scaled")
+    first = write_scaled(tmp_path / "first.bundle", 2)
+    with serving(first.path, slow.path, workers=1, deadline_ms=2000) as server:
+        use(server, shadowed())
+        os.kill(client.status(port=server.port).versions[1].runner_pids[0], signal.SIGSTOP)
+        for row in ROWS:
+            assert once(server.url, "/v2/models/scaled/infer", infer(row)).status == 200
+        began = time.monotonic()
+        assert server.stop() == 0
+        assert time.monotonic() - began < 8
+
+
+def test_a_bandit_moves_to_the_version_that_earns(tmp_path: Path) -> None:
+    with serving(*two(tmp_path), workers=2) as server, Call(server.url) as call:
+        use(server, weights(0.5, 0.5, kind="bandit", watch=Watch(loss="reward")))
+        labels = []
+        for n in range(120):
+            noted = call("/v2/models/scaled/infer", infer(ROWS[n % len(ROWS)], id=f"r{n}"))
+            labels.append({"id": f"r{n}", "label": 1 if noted.json()["model_version"] == "2" else 0})
+        body = json.dumps({"labels": labels}).encode()
+
+        def all_found() -> bool:
+            taken = call("/v2/models/scaled/labels", body).json()
+            return bool(taken["unknown"] == len(labels))
+
+        wait_for(all_found)
+        wait_for(lambda: route_of(server).arms[1].weight > 0.95)
+        assert route_of(server).kind == "bandit"
+        got = [factor(call("/v2/models/scaled/infer", infer(row)), row) for row in ROWS]
+        assert got.count(3) > 0.8 * len(ROWS)
+
+
+def route_of(server: Server) -> Route:
+    found = client.route("scaled", port=server.port).route
+    assert found is not None
+    return found
+
+
+def test_the_command_shows_and_changes_a_route(tmp_path: Path, parbake: Parbake) -> None:
+    with serving(*two(tmp_path), workers=1) as server:
+        at = ("--port", str(server.port))
+        assert "has no route" in parbake("route", "scaled", *at).stderr
+        done = parbake(
+            "route", "scaled", "--set", "1=0.75,2=0.25", "--sticky", "header:x-user", "--json", *at
+        )
+        assert json.loads(done.stdout)["route"]["arms"][1] == {"version": "2", "weight": 0.25}
+        more = ("--timeout-ms", "50", "--no-rescue", "--kind", "ab", "--segment", "left", "--watch", "y")
+        parbake("route", "scaled", *more, *at)
+        route = route_of(server)
+        assert (route.sticky, route.timeout_ms, route.rescue, route.kind) == (
+            "header:x-user",
+            50,
+            False,
+            "ab",
+        )
+        assert route.watch is not None
+        assert (route.watch.output, route.watch.segment) == ("y", "left")
+        assert route.watch.bins is not None
+        parbake("route", "scaled", "--timeout-ms", "0", "--rescue", "--no-watch", "--sticky", "key", *at)
+        route = route_of(server)
+        assert (route.sticky, route.timeout_ms, route.rescue, route.watch) == ("", None, True, None)
+        for words, status, says in (
+            (("--set", "1=50%,2=40%"), Exit.USAGE, "weights must add up to 1, got 0.9"),
+            (("--set", "1=50%,7=50%"), Exit.USAGE, "has no version '7'"),
+            (("--kill", "--remove"), Exit.USAGE, "go with no other change"),
+            (("--rule", "2: colour=red"), Exit.USAGE, "no condition 'colour=red'"),
+            (("--watch", "z"), Exit.USAGE, "no output 'z'"),
+            (("--segment", "age"), Exit.USAGE, "no column 'age'"),
+            (("--kind", "bandit"), Exit.USAGE, "a bandit needs labels"),
+        ):
+            done = parbake("route", "scaled", *words, *at)
+            assert says in done.stderr
+            assert done.returncode == status
+        assert parbake("route", "nothing", *at).returncode == Exit.NOT_FOUND
+        assert route_of(server) == route
+        parbake("route", "scaled", "--remove", *at)
+        assert "has no route" in parbake("route", "scaled", *at).stderr

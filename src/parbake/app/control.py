@@ -173,6 +173,16 @@ class Profiles(Struct, frozen=True, tag=True):
     profiles: dict[str, bytes] = {}
 
 
+class GetRoutes(Struct, frozen=True, tag=True):
+    """To a front: what came of its routes."""
+
+
+class RoutesCounted(Struct, frozen=True, tag=True):
+    """Reply to `GetRoutes`."""
+
+    counts: RouteCounts
+
+
 class Foretell(Struct, frozen=True, tag=True):
     """To the supervisor: predictions that labels may come for, by deployment; some there was no room for."""
 
@@ -260,6 +270,8 @@ Message = (
     | AllCounts
     | GetProfiles
     | Profiles
+    | GetRoutes
+    | RoutesCounted
     | Foretell
     | Label
     | LabelsTaken

@@ -22,6 +22,7 @@ from parbake.app.control import (
     Foretell,
     GetCounts,
     GetProfiles,
+    GetRoutes,
     HeadCounts,
     LogRows,
     Message,
@@ -29,6 +30,7 @@ from parbake.app.control import (
     Prepare,
     Prepared,
     Profiles,
+    RoutesCounted,
     UseRoutes,
     VersionCounts,
     Wanted,
@@ -225,6 +227,8 @@ class Front:
                 if number % 16 == 15:
                     await asyncio.sleep(0)
             return self._counts()
+        if isinstance(message, GetRoutes):
+            return RoutesCounted(self.routes.counts())
         if isinstance(message, GetProfiles):
             monitor = self._monitor
             return Profiles(await asyncio.to_thread(monitor.current) if monitor is not None else {})
@@ -491,8 +495,12 @@ class Front:
                 try:
                     # One at a time: a supervisor that is busy is not given more than it takes.
                     await self.channel.call(Foretell(predictions, untold), _WANT_S)
-                except NotReady:
-                    return
+                except ParbakeError as error:
+                    if self.channel.closed.is_set():
+                        return
+                    log().warning("predictions.not_told", error=error.message)
+                except Exception:
+                    log().exception("predictions.not_told")
 
     def _expire_in_time(self, slot: Slot) -> None:
         """Answer nothing from the table any more when the contract's freshness ends."""

@@ -6,7 +6,6 @@ id, or to the last one for its key, and to what shadows predicted for the same k
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +25,8 @@ MOST_LABELS: Final = 10_000
 """Most labels in one request."""
 _MOST_PREDICTIONS: Final = 100_000
 """Most predictions of a deployment that are kept."""
+_LARGEST: Final = 1e38
+"""Largest number that a label, or a prediction that is held against one, is taken for."""
 
 Value = float | str | bool
 _K = TypeVar("_K")
@@ -188,8 +189,8 @@ def _truth(loss: Loss, label: Value, at: int) -> float | str:
         truth = float(label)
     except ValueError as error:
         raise InvalidInput(f"expected a number, got {label!r}"[:120], path=path) from error
-    if not math.isfinite(truth) or (loss == "reward" and not 0 <= truth <= 1):
-        wanted = "a reward from 0 to 1" if loss == "reward" else "a finite number"
+    if not abs(truth) <= _LARGEST or (loss == "reward" and not 0 <= truth <= 1):
+        wanted = "a reward from 0 to 1" if loss == "reward" else f"a number up to {_LARGEST:g}"
         raise InvalidInput(f"expected {wanted}, got {truth}", path=path)
     return truth
 
@@ -201,6 +202,6 @@ def _loss(loss: Loss, predicted: float | str, truth: float | str) -> float:
     if loss == "reward":
         return 1 - truth
     # A prediction that is no number is as wrong as none at all; its loss must not swallow all others.
-    guess = predicted if isinstance(predicted, float) and math.isfinite(predicted) else 0.0
-    apart = abs(truth - guess)
+    guess = predicted if isinstance(predicted, float) else 0.0
+    apart = abs(truth - max(-_LARGEST, min(_LARGEST, guess)))
     return apart * apart if loss == "squared" else apart

@@ -17,8 +17,8 @@ from parbake.contract.tensors import as_text
 from parbake.errors import Conflict, InvalidInput, ParbakeError, SettingsError
 from parbake.logs import log
 from parbake.runtime.observation import Observation
-from parbake.serving.observer import Foretold, default_bins, watched
-from parbake.serving.route import Arm, Route, Rule, Shadow, Watch, bandit_weights, check_served
+from parbake.serving.observer import Foretold, default_bins
+from parbake.serving.route import Arm, Route, Rule, Shadow, Watch, bandit_weights, check_served, watched
 from parbake.serving.routed import Role, Routed, Told
 from parbake.serving.service import ServedVersion
 from parbake.serving.shadow import ShadowCounts, Shadows
@@ -236,7 +236,9 @@ class RouteBook:
                     f"the route is for {route.deployment!r}, not {name!r}", path="$.route.deployment"
                 )
             check_served(route, contracts)
-            route = msgspec.structs.replace(route, revision=number + 1)
+            same = now is not None and now.watch == route.watch
+            since = now.since if now is not None and same else number + 1
+            route = msgspec.structs.replace(route, revision=number + 1, since=since)
         return Revision(number + 1, time.time(), route)
 
     def enter(self, name: str, revision: Revision) -> None:

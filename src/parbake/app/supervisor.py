@@ -33,6 +33,7 @@ from parbake.app.control import (
     GetCounts,
     GetMetrics,
     GetProfiles,
+    GetRoutes,
     GetStatistics,
     HeadCounts,
     Label,
@@ -44,6 +45,7 @@ from parbake.app.control import (
     Prepare,
     Prepared,
     Profiles,
+    RoutesCounted,
     StopListening,
     Text,
     Unload,
@@ -57,7 +59,14 @@ from parbake.app.keys import read_keys
 from parbake.app.labels import Labelled, LabelStore
 from parbake.app.plan import Placed, Plan, PlanEntry
 from parbake.app.rooms import RoomModel, Rooms
-from parbake.app.routes import RouteBook, RouteChange, RouteStatus, default_watch, rebalanced
+from parbake.app.routes import (
+    RouteBook,
+    RouteChange,
+    RouteCounts,
+    RouteStatus,
+    default_watch,
+    rebalanced,
+)
 from parbake.app.routes import add_counts as add_route_counts
 from parbake.app.wiring import TableFacts, open_table, table_facts
 from parbake.contract.bundle import StoredBundle, read_bundle
@@ -510,13 +519,12 @@ class Supervisor:
             }
             if not contracts:
                 raise self._no_deployment(name)
-            revision = self._routes.plan(name, change, contracts)
-            if (route := revision.route) is not None and route.watch is not None:
+            route = change.route
+            if route is not None and route.watch is not None and route.champion in contracts:
                 bundle = self._bundles[(name, route.champion)]
                 watch = await asyncio.to_thread(default_watch, route.watch, bundle)
-                revision = msgspec.structs.replace(
-                    revision, route=msgspec.structs.replace(route, watch=watch)
-                )
+                change = msgspec.structs.replace(change, route=msgspec.structs.replace(route, watch=watch))
+            revision = self._routes.plan(name, change, contracts)
             self._routes.enter(name, revision)
             self._labels.watch(self._routes.in_force)
             await self._tell_all(UseRoutes(self._routes.in_force))
@@ -528,15 +536,31 @@ class Supervisor:
         revisions = self._routes.revisions(name)
         if not revisions and all(entry.name != name for entry in self._plan.entries):
             raise self._no_deployment(name)
-        counts = (await self.counts()).routes
-        observed = tuple(item for item in counts.observed if item.deployment == name)
+        counts = await self._route_counts()
+        route = self._routes.get(name)
+        since = route.since if route is not None and route.watch is not None else -1
+        observed = [o for o in counts.observed if (o.deployment, o.since) == (name, since)]
         return RouteStatus(
             name,
-            self._routes.get(name),
+            route,
             revisions,
             counts.requests.get(name, {}),
             counts.shadows.get(name, {}),
             tuple(self._labels.labelled(item) for item in observed),
+        )
+
+    async def _route_counts(self) -> RouteCounts:
+        """What came of the routes in all fronts, those that ended too: nothing here ever falls."""
+        fronts = list(self._fronts)
+        replies = await asyncio.gather(
+            *(front.channel.call(GetRoutes(), _COUNTS_TIMEOUT_S) for front in fronts), return_exceptions=True
+        )
+        for front, reply in zip(fronts, replies, strict=True):
+            if isinstance(reply, RoutesCounted):
+                # For when it ends: what was seen stays.
+                front.counts = msgspec.structs.replace(front.counts or AllCounts(()), routes=reply.counts)
+        return add_route_counts(
+            [self._gone.routes, *(front.counts.routes for front in self._fronts if front.counts is not None)]
         )
 
     def contract(self, name: str) -> Contract:

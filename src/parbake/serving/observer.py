@@ -16,18 +16,18 @@ import numpy.typing as npt
 from msgspec import Struct
 
 from parbake.contract.datatypes import INTEGERS, NUMPY
-from parbake.contract.model import Contract, TensorSpec
+from parbake.contract.model import TensorSpec
 from parbake.contract.tensors import Shape, split_bytes
-from parbake.errors import InvalidInput
 from parbake.runtime.observation import LATENCY_EDGES_MS, MOST_BINS, Bins, Observation
 from parbake.serving.model import Answer
-from parbake.serving.route import Column, Watch, words
+from parbake.serving.route import Column, Watch, watched, words
 from parbake.serving.service import ServedVersion
 
 FOLD_AT: Final = 256
 """Requests after which they are counted."""
 _FOLD_ROWS: Final = 16 * 1024
 _MOST_SEGMENTS: Final = 32
+LONGEST_ID: Final = 200
 _MOST_WAITING: Final = 20_000
 """Predictions that wait to be told on."""
 
@@ -188,10 +188,15 @@ class Observer:
         shapes = tuple(shapes)
         keys = served.keys.of(served.rounded(raws, rows, shapes), rows, shapes)
         now = time()
+        # No label can name a longer one.
+        request_id = request_id if len(request_id) <= LONGEST_ID else ""
         for row, (key, segment, value) in enumerate(zip(keys, segments, values, strict=True)):
             if len(self.foretold) >= _MOST_WAITING:
                 self.untold += 1
                 continue
+            if isinstance(value, float) and not math.isfinite(value):
+                # JSON, by which it is told on, has no such number.
+                value = str(value)
             self.foretold.append(
                 Foretold(served.version, request_id, row, key, segment, value, now, self._shadow)
             )
@@ -222,14 +227,3 @@ def places_of(bins: Bins, values: Sequence[float | str]) -> npt.NDArray[np.int64
 def is_distribution(spec: TensorSpec) -> bool:
     """Whether an output gives a probability for each class."""
     return len(spec.labels) > 1 and spec.fixed and spec.elements == len(spec.labels)
-
-
-def watched(contract: Contract, name: str) -> tuple[int, TensorSpec]:
-    """Position and specification of the output of that name, "" for the first. Raises `InvalidInput`."""
-    for position, spec in enumerate(contract.outputs):
-        if not name or spec.name == name:
-            return position, spec
-    names = ", ".join(spec.name for spec in contract.outputs)
-    raise InvalidInput(
-        f"model {contract.name!r} has no output {name[:60]!r}", hint=f"its outputs are {names}"
-    )

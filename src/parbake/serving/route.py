@@ -134,6 +134,8 @@ class Route(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True)
     """What is counted of each version; None counts requests only."""
     revision: int = 0
     """Counts the changes of the route; given by the server."""
+    since: int = 0
+    """Revision at which it began to be watched like this; given by the server."""
 
     def __post_init__(self) -> None:
         """Refuse weights that do not add up, and versions that are named twice."""
@@ -426,6 +428,21 @@ def check_served(route: Route, contracts: Mapping[str, Contract]) -> None:
                     hint="versions under one route take the same inputs and give the same outputs",
                 )
     Chooser(route, champion, lambda: 0.0)
+    if route.watch is not None:
+        watched(champion, route.watch.output)
+        if route.watch.segment:
+            Column(champion, route.watch.segment)
+
+
+def watched(contract: Contract, name: str) -> tuple[int, TensorSpec]:
+    """Position and specification of the output of that name, "" for the first. Raises `InvalidInput`."""
+    for position, spec in enumerate(contract.outputs):
+        if not name or spec.name == name:
+            return position, spec
+    names = ", ".join(spec.name for spec in contract.outputs)
+    raise InvalidInput(
+        f"model {contract.name!r} has no output {name[:60]!r}", hint=f"its outputs are {names}"
+    )
 
 
 def _form(spec: TensorSpec) -> tuple[object, ...]:

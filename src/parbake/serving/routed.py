@@ -66,9 +66,9 @@ class Routed:
         champion = versions.get(route.champion) or list(versions.values())[-1]
         chooser = Chooser(route, champion.contract, time.time)
         told = self._told
-        if route.watch != told.watch:
+        if (route.watch, route.since) != (told.watch, told.since):
             told.observers.clear()
-            told.watch, told.since = route.watch, route.revision
+            told.watch, told.since = route.watch, route.since
         self.route = route
         self.versions = dict(versions)
         self.champion = champion

@@ -112,6 +112,15 @@ def test_weights_and_shadows_are_read_as_they_are_written() -> None:
         weights_of("3")
 
 
+def test_what_is_watched_has_begun_when_it_was_last_changed() -> None:
+    book = RouteBook()
+    for watch, since in ((None, 1), (Watch(), 2), (Watch(), 2), (Watch(segment="x"), 4), (None, 5)):
+        put(book, RouteChange(route(0.5, watch=watch)))
+        now = book.get("eta")
+        assert now is not None
+        assert now.since == since
+
+
 def observed(count: int, since: int = 1, version: str = "1") -> Observed:
     seen = Observation(count, 0, (count, 0), {"": (count,)}, {})
     return Observed("eta", version, "answers", since, seen)
@@ -175,7 +184,7 @@ def test_labels_in_any_order_find_their_predictions_once(
         ("zero_one", 3.0, 3, 0.0),
         ("zero_one", "true", True, 0.0),
         ("reward", 17.0, 0.25, 0.75),
-        ("absolute", float("nan"), 2.0, 2.0),
+        ("absolute", "nan", 2.0, 2.0),
     ],
 )
 def test_losses(loss: Loss, predicted: float | str, truth: float | str | bool, expected: float) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -22,7 +23,7 @@ from parbake.runtime.observation import LATENCY_EDGES_MS, Bins, latency_bucket
 from parbake.runtime.session import Session
 from parbake.serving.fallback import Asked
 from parbake.serving.model import Answer
-from parbake.serving.observer import Observer, default_bins, places_of
+from parbake.serving.observer import Foretold, Observer, default_bins, places_of
 from parbake.serving.route import Arm, Route, Shadow, Watch
 from parbake.serving.routed import Routed, Told
 from parbake.serving.service import ServedVersion
@@ -230,7 +231,7 @@ def test_a_route_that_watches_something_else_counts_anew_and_one_that_does_not_c
     there.ask(1, 2)
     there.use(0.5, 0.5, watch=watch, revision=2)
     assert there.told.observers["1", "answers"].observation().requests == 1
-    there.use(0.5, 0.5, watch=Watch(bins=Bins((7.0,))), revision=3)
+    there.use(0.5, 0.5, watch=Watch(bins=Bins((7.0,))), since=3)
     assert there.told.observers == {}
     assert there.told.since == 3
 
@@ -278,6 +279,20 @@ def test_what_an_observer_counts_is_what_was_answered(rows: list[tuple[float, fl
     assert [(t.id, t.row) for t in told[len(rows) :]] == [("all", n) for n in range(len(rows))]
     # The same row has the same key, whichever request it came in.
     assert [t.key for t in told[: len(rows)]] == [t.key for t in told[len(rows) :]]
+
+
+def test_what_is_told_on_can_be_written_as_json(tmp_path: Path) -> None:
+    there = Deployment(tmp_path, watch=Watch(bins=Bins((5.0,)), loss="absolute"), shadows=(Shadow("2"),))
+    for value in (float("nan"), float("inf"), 3e38):
+        there.ask(value, value, request_id="x" * 300)
+    there.rest()
+    observer = there.told.observers["1", "answers"]
+    observer.fold()
+    told = msgspec.json.decode(msgspec.json.encode(tuple(observer.foretold)), type=tuple[Foretold, ...])
+    assert [t.value for t in told] == ["nan", "inf", "inf"]
+    assert {t.id for t in told} == {""}
+    counts = there.told.shadows["2"]
+    assert msgspec.json.decode(msgspec.json.encode(counts), type=ShadowCounts) == counts
 
 
 def test_segments_are_bounded_whatever_callers_send(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Final
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Struct
@@ -12,17 +12,16 @@ from parbake.app.labels import MOST_LABELS, Labelled
 from parbake.contract.key import KEY_BYTES, key_of
 from parbake.contract.model import Contract, TensorSpec
 from parbake.errors import InvalidInput, RequestTooLarge
+from parbake.serving.observer import LONGEST_ID
 from parbake.transports.http.oip import decode_json
 from parbake.transports.inputs import pack_values
-
-_LONGEST: Final = 200
 
 
 class GivenLabel(Struct, frozen=True, forbid_unknown_fields=True):
     """One label: of row ``row`` of request ``id``, or of ``key`` (hexadecimal, or the values of its columns)."""
 
-    label: float | Annotated[str, msgspec.Meta(max_length=_LONGEST)] | bool
-    id: Annotated[str, msgspec.Meta(max_length=_LONGEST)] = ""
+    label: float | Annotated[str, msgspec.Meta(max_length=LONGEST_ID)] | bool
+    id: Annotated[str, msgspec.Meta(max_length=LONGEST_ID)] = ""
     row: Annotated[int, msgspec.Meta(ge=0)] = 0
     key: str | dict[str, Any] = ""
     at: float | None = None

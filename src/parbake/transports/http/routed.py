@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from time import perf_counter
-from typing import Any, Final
+from typing import Any
 from urllib.parse import parse_qsl
 
 from parbake.errors import ParbakeError
@@ -18,8 +18,6 @@ from parbake.transports.http.endpoint import Codec, PredictionEndpoint
 from parbake.transports.http.oip import InferCall, InferCodec
 from parbake.transports.http.protocol import Exchange
 from parbake.transports.inputs import Inputs
-
-_LONGEST_ID: Final = 200
 
 
 class RoutedEndpoint:
@@ -102,7 +100,7 @@ def _nothing(body: bytes) -> None:
 
 
 def _request_id(exchange: Exchange) -> str:
-    return exchange.headers.get(b"x-request-id", b"")[:_LONGEST_ID].decode("latin-1")
+    return exchange.headers.get(b"x-request-id", b"").decode("latin-1")
 
 
 def _hints(exchange: Exchange, parameters: Mapping[str, Any]) -> Hints:
