@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -44,15 +45,22 @@ def factors(server: Server) -> set[float]:
         return {answer(call(PATH, infer(row)))[0] / row[0] for row in SERVED[:40]}
 
 
-def history(server: Server) -> list[str]:
-    folder = Path(server.process.args[server.process.args.index("--state-dir") + 1])  # type: ignore[index]  # a list
+def history(folder: Path) -> list[str]:
     done = subprocess.run(
-        [sys.executable, "-m", "parbake", "history", "scaled", "--state-dir", str(folder), "--json"],
-        capture_output=True, check=True,
-    )  # fmt: skip
-    import json
-
-    return [event["what"] for event in json.loads(done.stdout)["events"]]
+        [
+            sys.executable,
+            "-m",
+            "parbake",
+            "history",
+            "scaled",
+            "--state-dir",
+            str(folder / "state"),
+            "--json",
+        ],
+        capture_output=True,
+        check=True,
+    )
+    return [event["what"] for event in json.loads(done.stdout)]
 
 
 def test_all_at_once_and_back_in_no_time(tmp_path: Path) -> None:
@@ -96,7 +104,7 @@ def test_a_good_version_goes_all_the_way_by_itself(tmp_path: Path) -> None:
         )
         with pytest.raises(Conflict, match="is being released"):
             deploy(server, again, version="3")
-        wait_for(lambda: status(server).state == "live", 60)
+        wait_for(lambda: status(server).state == "live")
         assert factors(server) == {2}
         with Call(server.url) as call:
             assert call(PATH, infer(SERVED[0])).json()["model_version"] == "2"
@@ -114,11 +122,11 @@ def test_a_version_with_other_predictions_is_rolled_back_and_the_reason_is_kept(
         deploy(
             server, nine, kind="canary", steps=(0.5, 1.0), margins=Margins(requests=100_000, p50=5, p99=20)
         )
-        wait_for(lambda: status(server).state == "rolled_back", 60)
+        wait_for(lambda: status(server).state == "rolled_back")
         assert factors(server) == {2}
         for caller in callers:
             caller.wait(20)
-        what = history(server)
+        what = history(tmp_path)
     assert all(noted.status == 200 for caller in callers for noted in caller.noted)
     assert "verdict.roll_back" in what
     assert what[-1] == "release.rolled_back"
@@ -133,7 +141,7 @@ def test_a_version_that_must_not_is_refused_with_what_speaks_against_it(tmp_path
         assert factors(server) == {2}
         found = deploy(server, nobodys, waive=("metadata",), why="tonight only", by="ada")
         assert found.state == "live"
-        assert "waiver" in history(server)
+        assert "waiver" in history(tmp_path)
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
@@ -170,7 +178,7 @@ def test_a_version_that_only_shadows_answers_nobody(tmp_path: Path) -> None:
             waive=("goldens", "latency", "memory", "schema"),
             why="to see it fail",
         )
-        wait_for(lambda: status(server).state == "rolled_back", 60)
+        wait_for(lambda: status(server).state == "rolled_back")
         for caller in callers:
             caller.wait(20)
     assert all(noted.status == 200 and answer(noted)[0] for caller in callers for noted in caller.noted)

@@ -247,7 +247,7 @@ class Releases:
                 lambda state: state.roll_back(name, to=back.to, by=by, why=back.why or "by hand")
             )
             self._trials.pop(name, None)
-            await self._supervisor.arrange(name, self._with(name, release, keep=left))
+            await self._supervisor.arrange(name, await self._with(name, release, keep=left))
             await self._no_route(name)
             log().warning("release.rolled_back", deployment=name, to=release.proposal.version, by=by)
             return ReleaseStatus(
@@ -365,7 +365,7 @@ class Releases:
         champion = self._supervisor.default_entry(proposal.deployment).version
         # Before it is there: without a route the last version of a name answers.
         await self._supervisor.arrange(
-            proposal.deployment, self._with(proposal.deployment, release, keep=champion)
+            proposal.deployment, await self._with(proposal.deployment, release, keep=champion)
         )
         kept = proposal.margins
         now = time.monotonic()
@@ -398,7 +398,7 @@ class Releases:
         name = proposal.deployment
         release = trial.release
         # Callers first: what the store does not have yet is done again.
-        challenger, champion = self._arranged(release), self._supervisor.arranged(name, trial.champion)
+        challenger, champion = await self._arranged(release), self._supervisor.arranged(name, trial.champion)
         await self._supervisor.arrange(name, (champion, challenger))
         await self._no_route(name)
         trial.release = await self._ask(
@@ -457,12 +457,15 @@ class Releases:
         if self._supervisor.has_route(name):
             await self._supervisor.set_route(name, RouteChange(remove=True))
 
-    def _arranged(self, release: Release) -> Arranged:
-        return Arranged(release.proposal.version, release.proposal.source, release.proposal.table)
+    async def _arranged(self, release: Release) -> Arranged:
+        proposal = release.proposal
+        waivers = await self._ask(lambda state: state.waivers(proposal.deployment, proposal.version))
+        waived = tuple(dict.fromkeys(waiver.check for waiver in waivers))
+        return Arranged(proposal.version, proposal.source, proposal.table, waived)
 
-    def _with(self, name: str, release: Release, *, keep: str) -> tuple[Arranged, ...]:
+    async def _with(self, name: str, release: Release, *, keep: str) -> tuple[Arranged, ...]:
         """A version and the one to keep: who answers comes last."""
-        version = self._arranged(release)
+        version = await self._arranged(release)
         kept = self._supervisor.arranged(name, keep)
         return (version, kept) if release.state in ("pending", "running") else (kept, version)
 
@@ -484,7 +487,7 @@ class Releases:
             live = await self._ask(lambda state: state.live(name))
             served = (entry.digest, entry.version)
             if live is not None and (live.proposal.bundle_digest, live.proposal.version) != served:
-                await self._supervisor.arrange(name, (self._arranged(live),))
+                await self._supervisor.arrange(name, (await self._arranged(live),))
             await self._no_route(name)
             open_ = [r for r in releases if r.state in ("pending", "running")]
             if open_:

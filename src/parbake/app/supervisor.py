@@ -223,6 +223,8 @@ class Arranged(Struct, frozen=True):
     version: str
     bundle: str
     table: str = ""
+    waived: tuple[str, ...] = ()
+    """Checks of the gate that it need not pass."""
 
 
 class Reloaded(Struct, frozen=True):
@@ -448,7 +450,12 @@ class Supervisor:
                     replace(known[0], loaded=True)
                     if known
                     else replace(
-                        mine[-1], settings=settings, bundle=bundle, table=item.table, version=item.version
+                        mine[-1],
+                        settings=settings,
+                        bundle=bundle,
+                        table=item.table,
+                        version=item.version,
+                        waived=item.waived,
                     )
                 )
             # A name given in the settings would follow the bundle; a version has to stay what it is called.
@@ -486,7 +493,7 @@ class Supervisor:
         """A version that is served, as `arrange` takes it. Raises `ModelNotFound`."""
         for target in self._targets:
             if (target.name, target.version) == (name, version):
-                return Arranged(version, target.bundle, target.table)
+                return Arranged(version, target.bundle, target.table, target.waived)
         raise self._no_deployment(name)
 
     def deployment_settings(self, name: str) -> DeploymentSettings:
