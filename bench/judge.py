@@ -18,16 +18,17 @@ from parbake.runtime.observation import LATENCY_EDGES_MS, Bins
 
 Floats = NDArray[np.float64]
 
-CANARIES: Final = 2000
-LOOKS: Final = 1200
+CANARIES: Final = 1500
+LOOKS: Final = 1000
 RATE: Final = 100
 """Requests per second, a look each second."""
 WEIGHT: Final = 0.05
-DELAY_CANARIES: Final = 200
+DELAY_CANARIES: Final = 50
 DELAY_LOOKS: Final = 7200
 BINS: Final = 10
 _EDGES: Final = np.array(LATENCY_EDGES_MS)
 _EFFECTS: Final = np.array(EFFECTS)
+_PART_OF: Final = {"p50": "latency", "p99": "latency", "segment": "outputs"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +135,8 @@ class Fleet:
         if "labels" in only:
             self._labels(self.random.binomial(own_n, 0.2), self.random.binomial(base_n, 0.2), season)
         for name, logs in self.logs.items():
+            if _PART_OF.get(name, name) not in only:
+                continue
             value = wealth(logs.reshape(size, -1))
             new = (value >= self.needed[name]) & (self.crossed < 0)
             self.crossed[new], self.why[new] = second + 1, name
@@ -260,8 +263,8 @@ def run(*, quick: bool, say: Callable[[str], None]) -> Section:
         (traffic, ("failures",), CANARIES, LOOKS) for traffic in CALM[:6]
     ]
     plan += [(CALM[6], ("failures", "labels"), CANARIES, LOOKS)]
-    plan += [(CALM[7], ("failures", "latency", "outputs", "labels"), 300, 400)]
-    plan += [(CALM[0], ("failures", "latency", "outputs", "labels"), 300, 400)]
+    plan += [(CALM[7], ("failures", "latency", "outputs", "labels"), 200, 200)]
+    plan += [(CALM[0], ("failures", "latency", "outputs", "labels"), 200, 200)]
     alarms, figures = [], []
     for number, (traffic, only, canaries, looks) in enumerate(plan):
         say(f"no difference: {traffic.name}")
@@ -280,7 +283,7 @@ def run(*, quick: bool, say: Callable[[str], None]) -> Section:
     for number, traffic in enumerate(HARM):
         say(f"harm: {traffic.name}")
         only = _watched(traffic)
-        looks = DELAY_LOOKS if only != ("outputs",) else 1200
+        looks = {"outputs": 1200, "latency": 3600}.get(only[0], DELAY_LOOKS)
         fleet = _run(traffic, only, DELAY_CANARIES // part, looks // part, 100 + number, margins)
         found = fleet.crossed >= 0
         needed = np.where(found, fleet.requests, np.iinfo(np.int64).max)
@@ -292,7 +295,7 @@ def run(*, quick: bool, say: Callable[[str], None]) -> Section:
         delays.append((traffic.name, first, _percent(found.mean()), _requests(p50), _requests(p90), _minutes(s50),
                        _minutes(s90)))  # fmt: skip
     say("Mann-Whitney")
-    mann_whitney = _mann_whitney(400 // part or 40)
+    mann_whitney = _mann_whitney(400 // part)
     return Section(
         key="judge",
         title="The judge of a canary",

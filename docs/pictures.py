@@ -1,4 +1,4 @@
-"""Draw the pictures of docs/concepts/choosing.md: ``python -m docs.pictures``. Seeds and costs are fixed."""
+"""Draw the pictures of docs/concepts: ``python -m docs.pictures``. Seeds and costs are fixed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
+
+import numpy as np
 
 from parbake.advisor.choose import choose
 from parbake.advisor.model import (
@@ -19,8 +21,10 @@ from parbake.advisor.model import (
 )
 from parbake.advisor.predict import Question, predictions
 from parbake.app.advise import Asked, LearnedHead, asked_in_sequence
-from parbake.cli.pictures import new_figure, save
+from parbake.cli.pictures import new_figure, save, write_verdict
 from parbake.monitoring.trace import zipf_keys
+from parbake.release.judge import Decision, Judge, Margins
+from parbake.runtime.observation import LATENCY_EDGES_MS, Observation
 
 FOLDER: Final = Path(__file__).parent / "concepts"
 REQUESTS: Final = 20_000
@@ -36,9 +40,10 @@ ROW_S: Final = (2e-5, 1e-3)
 
 
 def main() -> int:
-    """Write both pictures."""
+    """Write all pictures."""
     curves()
     choices()
+    verdict()
     return 0
 
 
@@ -73,6 +78,23 @@ def curves() -> None:
     figure.legend(loc="outside lower center", frameon=False, ncols=1)
     figure.set_size_inches(10.4, 4.6)
     save(figure, FOLDER / "coverage-curves.svg")
+
+
+def verdict() -> None:
+    """A challenger that fails more often and is slower by a quarter, until it is rolled back."""
+    random = np.random.default_rng(4)
+
+    def seen(requests: int, failures: float, slower: float) -> Observation:
+        ms = slower * random.lognormal(2.0, 0.5, requests)
+        counts = np.bincount(np.searchsorted(LATENCY_EDGES_MS, ms), minlength=len(LATENCY_EDGES_MS))
+        return Observation(requests, int(random.binomial(requests, failures)), tuple(counts.tolist()))
+
+    judge = Judge.start(Margins())
+    for second in range(3600):
+        judge, found = judge.look(seen(95, 0.01, 1.0), seen(5, 0.02, 1.25), second)
+        if found.decision is Decision.ROLL_BACK:
+            break
+    write_verdict(judge, FOLDER / "verdict.svg")
 
 
 def choices() -> None:

@@ -1,4 +1,4 @@
-"""Draw an advice: the coverage curve and latency against budget, in the terminal and as SVG or PNG."""
+"""Draw an advice (coverage curve, latency against budget), in the terminal too, and a verdict, as SVG or PNG."""
 
 from __future__ import annotations
 
@@ -10,15 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from parbake.errors import MissingExtra, SettingsError
+from parbake.runtime.observation import LATENCY_EDGES_MS
 
 if TYPE_CHECKING:
     from parbake.app.advise import Advice
+    from parbake.release.judge import Judge
 
 _HEIGHT: Final = 11
 """Odd, so that a line stands for one half."""
 _WIDTH_WITHOUT_TERMINAL: Final = 110
 _DOTS: Final = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 """Bits of a braille character by row and column (Unicode chapter 21.1)."""
+_MOST_LINES: Final = 5
+_LINES: Final = ("-", "--", ":", "-.", ".-")
 _BLOCKS: Final = " ▏▎▍▌▋▊▉█"
 
 
@@ -199,3 +203,37 @@ def save(figure: Any, path: Path) -> None:
             figure.savefig(path, metadata={"Date": None, "Creator": None})
     else:
         figure.savefig(path, dpi=150)
+
+
+def write_verdict(judge: Judge, path: Path) -> None:
+    """Write what a verdict rests on as SVG or PNG: evidence over time, latencies now. Raises as `write_picture`."""
+    if path.suffix.lower() not in (".svg", ".png"):
+        raise SettingsError(f"{path} is neither .svg nor .png", hint="--picture verdict.svg")
+    verdict = judge.verdict()
+    figure, (left, right) = new_figure(2)
+    minutes = [point.seconds / 60 for point in judge.points]
+    loudest = verdict.evidence[:_MOST_LINES]
+    for found, style in zip(loudest, _LINES, strict=False):
+        title = f"{found.test} of {found.segment}" if found.segment else found.test
+        shown = [100 * point.odds.get(title, 0.0) for point in judge.points]
+        left.plot(minutes, shown, style, color="black", label=title)
+    left.axhline(100, color="0.6", linestyle="--")
+    left.set_xlabel("minutes")
+    left.set_ylabel("% of the evidence that is needed")
+    left.set_title(f"evidence of harm: {verdict.decision.value.replace('_', ' ')}")
+    if loudest:
+        left.legend(frameon=False)
+    edges = [edge for edge in LATENCY_EDGES_MS if math.isfinite(edge)]
+    for who, seen, style in (("champion", judge.champion, "--"), ("challenger", judge.challenger, "-")):
+        total = sum(seen.latency)
+        if total:
+            below = [100 * sum(seen.latency[: at + 1]) / total for at in range(len(edges))]
+            right.plot(edges, below, style, color="black", label=who)
+    right.set_xscale("log")
+    right.set_ylim(0, 100)
+    right.set_xlabel("ms")
+    right.set_ylabel("% of the requests")
+    right.set_title(f"latency, {judge.challenger.requests:,} against {judge.champion.requests:,} requests")
+    if any(judge.champion.latency) or any(judge.challenger.latency):
+        right.legend(frameon=False)
+    save(figure, path)

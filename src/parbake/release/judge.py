@@ -188,7 +188,10 @@ class Judge(Struct, frozen=True):
         """
         fault = self._fault(champion, challenger)
         if fault is not None:
-            return self, Verdict(Decision.HOLD, f"counts that cannot be: {fault}", self._evidence())
+            # Bad labels must not blind it for failures.
+            champion, challenger = _plain(champion), _plain(challenger)
+            if champion.fault() is not None or challenger.fault() is not None:
+                champion = challenger = empty()
         tests = [
             _taken(test, _counts_of(test, champion), _counts_of(test, challenger), self.margins, self.bins)
             for test in self._with_new_segments(champion, challenger)
@@ -202,7 +205,10 @@ class Judge(Struct, frozen=True):
             step_requests=self.step_requests + challenger.requests,
             step_base_requests=self.step_base_requests + champion.requests,
         )._with_point()
-        return both, both.verdict()
+        verdict = both.verdict()
+        if fault is not None and verdict.decision is not Decision.ROLL_BACK:
+            verdict = Verdict(Decision.HOLD, f"counts that cannot be: {fault}", verdict.evidence)
+        return both, verdict
 
     def verdict(self) -> Verdict:
         """What the evidence so far says."""
@@ -355,6 +361,10 @@ class Judge(Struct, frozen=True):
             for part in (self.champion, self.challenger)
         ]
         return float(np.max(np.abs(sides[0] - sides[1])))
+
+
+def _plain(seen: Observation) -> Observation:
+    return Observation(seen.requests, seen.failures, seen.latency)
 
 
 def _array(values: Counts) -> Floats:

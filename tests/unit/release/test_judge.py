@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from parbake.cli.pictures import write_verdict
 from parbake.errors import SettingsError
 from parbake.release.judge import MOST_SEGMENTS, Decision, Judge, Margins, Verdict, thresholds
 from parbake.release.sequential import EFFECTS, STAKES, bet_on_means, bet_on_shares, share_of_alpha, wealth
@@ -216,12 +218,25 @@ def test_what_has_no_counterpart_yet_waits_for_it() -> None:
 def test_counts_that_cannot_be_are_left_out_and_it_holds(hostile: Observation) -> None:
     judge, _ = released(1, 20)
     for pair in ((hostile, empty()), (empty(), hostile)):
-        same, verdict = judge.look(*pair, 99)
-        assert same is judge
+        later, verdict = judge.look(*pair, 99)
+        named = [test for test in judge.tests if test.name in ("outputs", "labels")]
+        assert [test for test in later.tests if test.name in ("outputs", "labels")] == named
         assert verdict.decision is Decision.HOLD
         assert verdict.reason.startswith(
             "counts that cannot be: champion" if pair[0] is hostile else "counts that cannot be: challenger"
         )
+
+
+def test_bad_labels_do_not_blind_it_for_failures_nor_undo_a_rollback() -> None:
+    random = np.random.default_rng(1)
+    judge = Judge.start(Margins(), BINS)
+    verdict = judge.verdict()
+    bad = Observation(labels={"": (5, math.nan, 1.0)})
+    for second in range(200):
+        judge, verdict = judge.look(seen(random, 90), seen(random, 10, failures=0.2).add(bad), second)
+    assert verdict.decision is Decision.ROLL_BACK
+    assert not [test for test in judge.tests if test.name == "labels" and any(test.logs)]
+    assert judge.look(Observation(-1), empty(), 999)[1].decision is Decision.ROLL_BACK
 
 
 WINDOWS = st.lists(
@@ -276,3 +291,16 @@ def test_margins_that_mean_nothing_are_refused(name: str, value: float) -> None:
     with pytest.raises(SettingsError, match=name) as caught:
         Margins(**{name: value})  # type: ignore[arg-type]
     assert caught.value.hint
+
+
+@pytest.mark.needs("matplotlib")
+@pytest.mark.parametrize("looks", [0, 200])
+def test_a_verdict_can_be_drawn(tmp_path: Path, looks: int) -> None:
+    judge, _ = released(7, looks, None, failures=0.06)
+    for name in ("verdict.svg", "again.svg", "verdict.png"):
+        write_verdict(judge, tmp_path / name)
+    text = (tmp_path / "verdict.svg").read_text()
+    assert text == (tmp_path / "again.svg").read_text()
+    assert ("evidence of harm: roll back" if looks else "evidence of harm: hold") in text
+    with pytest.raises(SettingsError, match=r"neither \.svg nor \.png"):
+        write_verdict(judge, tmp_path / "verdict.pdf")
