@@ -263,8 +263,8 @@ def run(*, quick: bool, say: Callable[[str], None]) -> Section:
         (traffic, ("failures",), CANARIES, LOOKS) for traffic in CALM[:6]
     ]
     plan += [(CALM[6], ("failures", "labels"), CANARIES, LOOKS)]
-    plan += [(CALM[7], ("failures", "latency", "outputs", "labels"), 200, 200)]
-    plan += [(CALM[0], ("failures", "latency", "outputs", "labels"), 200, 200)]
+    plan += [(CALM[7], ("failures", "latency", "outputs", "labels"), 400, 150)]
+    plan += [(CALM[0], ("failures", "latency", "outputs", "labels"), 400, 150)]
     alarms, figures = [], []
     for number, (traffic, only, canaries, looks) in enumerate(plan):
         say(f"no difference: {traffic.name}")
@@ -272,10 +272,14 @@ def run(*, quick: bool, say: Callable[[str], None]) -> Section:
         fleet = _run(traffic, only, canaries // part, looks // part, number, none)
         wrong, size = int((fleet.crossed >= 0).sum()), fleet.canaries
         low, high = _clopper_pearson(wrong, size)
-        alarms.append((wrong, size))
-        figures.append((traffic.name, ", ".join(only), f"{size:,}", f"{looks // part:,}", _percent(wrong / size),
+        allowed = sum(
+            math.exp(-fleet.needed[name]) for name in fleet.needed if _PART_OF.get(name, name) in only
+        )
+        alarms.append((wrong / size, allowed))
+        figures.append((traffic.name, ", ".join(only), f"{size:,}", f"{looks // part:,}",
+                        _percent(allowed), _percent(wrong / size),
                         f"{_percent(low)} to {_percent(high)}"))  # fmt: skip
-    wrong, size = sum(found for found, _ in alarms), sum(of for _, of in alarms)
+    worst = max(found / allowed for found, allowed in alarms)
     say("the limit: requests that fail together")
     clumped = _run(Traffic("", clumps=5), ("failures",), CANARIES // part, LOOKS // part, 50, none)
     limit = float((clumped.crossed >= 0).mean())
@@ -302,15 +306,18 @@ def run(*, quick: bool, say: Callable[[str], None]) -> Section:
         how=(
             f"Simulated canaries with {RATE} requests/s, {100 * WEIGHT:g} % of them to the challenger unless it says "
             "otherwise, and a look every second. Wrong rollbacks: both versions are the same and all margins are 0, "
-            "the worst case. Delay: with the default margins, in requests of the challenger. Mann-Whitney's test "
-            "(one-sided, 1 %, of the minutes' failure rates, as Kayenta compares time series) knows no margins. "
+            "the worst case; what may be is the part of alpha of what is watched in the row, so only rows that watch "
+            "everything can be held against 1 %, and these are short. "
+            "Delay: with the default margins, in requests of the challenger. Mann-Whitney's test "
+            "(one-sided, 1 %, of the minutes' failure rates, as Kayenta compares time series) knows no margins, "
+            "nor does the judge in that table, where failures have a quarter of its 1 %. "
             "Independent requests are assumed: where five at a time fail together, "
             f"{_percent(limit)} of the canaries are rolled back wrongly."
         ),
         tables=(
             Table(
                 "Wrong rollbacks where there is no difference (alpha 1 %)",
-                ("traffic", "watched", "canaries", "looks", "wrong", "95 % interval"),
+                ("traffic", "watched", "canaries", "looks", "may be", "wrong", "95 % interval"),
                 tuple(figures),
             ),
             Table(
@@ -324,9 +331,9 @@ def run(*, quick: bool, say: Callable[[str], None]) -> Section:
                 mann_whitney,
             ),
         ),
-        targets=(at_most("wrong rollbacks, all together", 100 * wrong / size, 1.0, "%"),),
+        targets=(at_most("wrong rollbacks / what may be, highest of all rows", worst, 1.0),),
         machine=this_machine(),
-        figures={"wrong": wrong, "canaries": size, "wrong_where_five_fail_together": limit, "delays": delays},
+        figures={"wrong_to_allowed": alarms, "wrong_where_five_fail_together": limit, "delays": delays},
     )
 
 
