@@ -464,11 +464,11 @@ def test_a_bandit_moves_to_the_version_that_earns(tmp_path: Path) -> None:
             labels.append({"id": f"r{n}", "label": 1 if noted.json()["model_version"] == "2" else 0})
         body = json.dumps({"labels": labels}).encode()
 
-        def all_found() -> bool:
-            taken = call("/v2/models/scaled/labels", body).json()
-            return bool(taken["unknown"] == len(labels))
-
-        wait_for(all_found)
+        found = 0
+        while found < len(labels):
+            # Predictions are told on about twice a second.
+            found += call("/v2/models/scaled/labels", body).json()["accepted"]
+            time.sleep(0.2)
         wait_for(lambda: route_of(server).arms[1].weight > 0.95)
         assert route_of(server).kind == "bandit"
         got = [factor(call("/v2/models/scaled/infer", infer(row)), row) for row in ROWS]
