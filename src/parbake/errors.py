@@ -17,6 +17,7 @@
     |-- NotFound
     |   |-- ModelNotFound
     |   |-- VersionNotFound
+    |   |-- BundleMissing         the bundle store does not have that digest
     |   |-- RouteNotFound
     |   |-- MethodNotAllowed
     |   `-- KeyNotBaked           static mode, key not in the prediction table
@@ -26,7 +27,9 @@
     |   |-- DeadlineExceeded      work was accepted but did not finish in time
     |   |-- RunnerDown            the model's process is being restarted
     |   |-- NotReady              starting, draining or unloaded
-    |   `-- StateAway             the store of releases cannot be reached or written
+    |   |-- StateAway             the store of releases cannot be reached or written
+    |   |-- RegistryAway          the registry does not answer
+    |   `-- StoreAway             the bundle store does not answer, or cannot be written
     |-- ModelFailed               the model raised; details are logged under a correlation id
     |-- BundleError
     |   |-- BundleTorn            a file is missing, cut short or not readable
@@ -43,6 +46,7 @@
     |-- StateError
     |   |-- StateTorn             the store of releases is damaged
     |   `-- StateTooNew           a newer parbake has changed its schema
+    |-- RegisterRefused           the bundle does not say what the inventory needs; nothing was registered
     |-- PackRefused               nothing was written
     |   |-- ParityRefused         source and bundle disagree; has the rows
     |   `-- NotConvertible        no exact conversion is known
@@ -160,6 +164,12 @@ class VersionNotFound(NotFound):
     code = "version_not_found"
 
 
+class BundleMissing(NotFound):
+    """The bundle store has no bundle of that digest."""
+
+    code = "bundle_missing"
+
+
 class RouteNotFound(NotFound):
     """No such URL."""
 
@@ -228,6 +238,18 @@ class StateAway(Unavailable):
     """The store of releases cannot be reached or written; what serves goes on serving."""
 
     code = "state_away"
+
+
+class RegistryAway(Unavailable):
+    """The registry does not answer; what serves goes on serving."""
+
+    code = "registry_away"
+
+
+class StoreAway(Unavailable):
+    """The bundle store does not answer, or cannot be written; what is cached goes on serving."""
+
+    code = "store_away"
 
 
 class ModelFailed(ParbakeError):
@@ -324,6 +346,12 @@ class StateTooNew(StateError):
     """The store has a schema newer than this parbake knows."""
 
     code = "state_too_new"
+
+
+class RegisterRefused(ParbakeError):
+    """Nothing was registered."""
+
+    code = "register_refused"
 
 
 class PackRefused(ParbakeError):

@@ -145,6 +145,10 @@ class ServerSettings(Struct, frozen=True, forbid_unknown_fields=True):
     state_dir: Annotated[
         str, Option("Folder of what the server keeps; without it .parbake in the working directory.", "DIR")
     ] = ""
+    empty: Annotated[
+        bool,
+        Option("Start with nothing to serve: parbake reload brings models, and until then it is not ready."),
+    ] = False
     allow_pickle: Annotated[bool, Option("Load bundles that hold a pickle (it can run any code).")] = False
     allow_mismatch: Annotated[
         bool, Option("Serve bundles whose required libraries have other versions here.")
@@ -204,6 +208,35 @@ class ReleaseSettings(Struct, frozen=True, forbid_unknown_fields=True):
             "URL",
         ),
     ] = ""
+    registry: Annotated[
+        str,
+        Option(
+            "Registry of models: URL of an MLflow server, or sqlite:///PATH; without it MLflow on SQLite in the state "
+            "directory.",
+            "URL",
+        ),
+    ] = ""
+    bundle_store: Annotated[
+        str,
+        Option(
+            "Where registered bundles are kept: a directory, or s3://BUCKET/PREFIX; without it bundles in the state "
+            "directory.",
+            "DIR|URL",
+        ),
+    ] = ""
+    follow_s: Annotated[
+        float,
+        Option(
+            "How often the registry is asked whether an alias that is followed has moved; 0: only by parbake reload.",
+            "SECONDS",
+        ),
+        msgspec.Meta(ge=0),
+    ] = 10.0
+    fetch_timeout_s: Annotated[
+        float,
+        Option("Longest that a bundle may take to come from the bundle store.", "SECONDS"),
+        msgspec.Meta(gt=0),
+    ] = 600.0
 
 
 DEFAULT_ANSWER: Final = "default"
@@ -311,6 +344,9 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 _SQLITE: Final = "sqlite:///"
+REGISTERED: Final = "models:/"
+"""How the bundle of a deployment begins that is a version in the registry."""
+
 _PATHS: Final = (
     "tls_cert", "tls_key", "tls_client_ca", "api_keys", "trusted_keys", "prediction_log", "state_dir",
 )  # fmt: skip
@@ -327,12 +363,16 @@ def read_settings(path: Path) -> Settings:
         raise SettingsError(f"{path} is not valid TOML: {error}") from error
     deployments = content.get("deployments", [])
     for deployment in deployments if isinstance(deployments, list) else []:
-        _from_folder(path.parent, deployment, ("bundle", "table"))
+        named = isinstance(deployment, dict) and str(deployment.get("bundle")).startswith(REGISTERED)
+        _from_folder(path.parent, deployment, ("table",) if named else ("bundle", "table"))
     _from_folder(path.parent, content.get("server"), _PATHS)
     release = content.get("release")
-    if isinstance(release, dict) and str(release.get("store")).startswith(_SQLITE):
-        file = release["store"].removeprefix(_SQLITE)
-        release["store"] = f"{_SQLITE}{Path(quote(str(path.parent.absolute()))) / file}"
+    for key in ("store", "registry"):
+        if isinstance(release, dict) and str(release.get(key)).startswith(_SQLITE):
+            file = release[key].removeprefix(_SQLITE)
+            release[key] = f"{_SQLITE}{Path(quote(str(path.parent.absolute()))) / file}"
+    if isinstance(release, dict) and "://" not in str(release.get("bundle_store")):
+        _from_folder(path.parent, release, ("bundle_store",))
     try:
         return msgspec.convert(content, Settings)
     except msgspec.ValidationError as error:

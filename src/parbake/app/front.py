@@ -151,6 +151,8 @@ class Front:
         return (
             self._plan is not None
             and not self.draining
+            # A server that was started empty has nothing to answer with yet.
+            and bool(self._plan.entries or self._plan.unloaded)
             and all(
                 slot.served.ready for slot in self._slots if slot.entry.pinned or not slot.entry.on_demand
             )

@@ -13,6 +13,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from parbake.app.control import AllCounts
+from parbake.app.follow import Following
 from parbake.monitoring.model import Traffic
 from parbake.serving.route import Route
 from parbake.serving.stats import BATCH_BOUNDS, BOUNDS_S, STAGES, Histogram, no_counts
@@ -30,6 +31,7 @@ class ServerState:
     fronts: int
     front_restarts: int
     generation: int
+    following: Sequence[Following] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +136,7 @@ class _Page(Collector):
             "parbake_plan_generation", "Changes of what is served.", self._server.generation
         )
         yield GaugeMetricFamily("parbake_connections", "Open HTTP connections.", self._counts.connections)
+        yield from self._of_registry()
         yield from self._of_versions()
         yield from self._of_heads()
         yield from self._of_runners()
@@ -143,6 +146,24 @@ class _Page(Collector):
         yield from self._of_clients()
         yield from self._of_traffic()
         yield from self._of_log()
+
+    def _of_registry(self) -> Iterator[Metric]:
+        following = self._server.following
+        if not following:
+            return
+        yield GaugeMetricFamily(
+            "parbake_registry_away_since_timestamp_seconds",
+            "Unix time since which the registry does not answer; 0 while it does.",
+            max(item.away_since for item in following),
+        )
+        behind = GaugeMetricFamily(
+            "parbake_reference_behind",
+            "1: what a reference to the registry means now is not what is served (the log says why); else 0.",
+            labels=("deployment", "reference"),
+        )
+        for item in following:
+            behind.add_metric([item.name, item.reference], bool(item.problem))
+        yield behind
 
     def _of_versions(self) -> Iterator[Metric]:
         info = GaugeMetricFamily(

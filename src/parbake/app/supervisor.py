@@ -55,6 +55,7 @@ from parbake.app.control import (
     Wanted,
     Wedged,
 )
+from parbake.app.follow import Follower, Following, Taken
 from parbake.app.keys import read_keys
 from parbake.app.labels import Labelled, LabelStore
 from parbake.app.plan import Placed, Plan, PlanEntry
@@ -81,8 +82,10 @@ from parbake.errors import (
     SettingsError,
     TableError,
     TableForeign,
+    Unavailable,
 )
 from parbake.logs import log
+from parbake.release.registry import is_reference, parse_reference
 from parbake.runtime import cpu, memory
 from parbake.runtime.confine import Confinement
 from parbake.runtime.pool import Runner, RunnerPool, end_process
@@ -144,6 +147,14 @@ class Target:
     """Whether the mode follows the advisor."""
     waived: tuple[str, ...] = ()
     """Checks of the gate that this version need not pass, by somebody's word in the history."""
+    reference: str = ""
+    """Of a bundle that is a version in the registry: which; ``bundle`` is then where it lies."""
+    registered: str = ""
+    """Number of that version."""
+
+    def take(self, taken: Taken) -> None:
+        """Serve what the reference came to."""
+        self.bundle, self.registered, self.reference = taken.path, taken.version, taken.reference
 
 
 class VersionStatus(Struct, frozen=True):
@@ -206,6 +217,8 @@ class Status(Struct, frozen=True):
     """Budget of the models that are loaded on demand; 0 for no limit."""
     room_pids: tuple[int, ...] = ()
     """Processes of those models."""
+    following: tuple[Following, ...] = ()
+    """Deployments whose bundle is a version in the registry."""
 
 
 class Change(Struct, frozen=True, forbid_unknown_fields=True):
@@ -248,7 +261,7 @@ class Supervisor:
     """Runs one server until `stop`. ``folder`` is for its sockets, and is its own."""
 
     def __init__(self, settings: Settings, folder: Path) -> None:
-        if not settings.deployments:
+        if not settings.deployments and not settings.server.empty:
             raise SettingsError(
                 "nothing to serve", hint="parbake serve BUNDLE..., or [[deployments]] in parbake.toml"
             )
@@ -261,6 +274,7 @@ class Supervisor:
         )
         self._rooms = Rooms(self._pool, settings.server.memory_bytes)
         self._targets = [_target(d) for d in settings.deployments]
+        self._follower = Follower(settings)
         self._listener: socket.socket | None = None
         self._grpc_reserved: socket.socket | None = None
         self._fronts: list[FrontProcess] = []
@@ -302,21 +316,26 @@ class Supervisor:
         workers = self.settings.server.workers or max(1, cpu.quota() // 2)
         # A reload that is asked for now waits until there is something to reload.
         async with self._lock:
-            resolving = asyncio.create_task(asyncio.to_thread(self._resolve, self._targets))
+            resolving = asyncio.create_task(self._first_resolved())
             fronts = await asyncio.gather(
                 *(self._start_front(number) for number in range(workers)), return_exceptions=True
             )
             self._fronts = [front for front in fronts if isinstance(front, FrontProcess)]
             for front in self._fronts:
                 front.watcher = self._watcher(front)
-            resolved = await resolving
             for front_or_error in fronts:
                 if isinstance(front_or_error, BaseException):
+                    resolving.cancel()
                     raise front_or_error
+            try:
+                resolved = await resolving
+            finally:
+                resolving.cancel()
             await self._apply(resolved)
         self._spawn(self._poll_counts())
         self._spawn(self._follow_advice())
         self._spawn(self._follow_rewards())
+        self._spawn(self._follow_registry())
         self._spawn(self._check_fronts())
         self._spawn(self._check_runners())
 
@@ -371,6 +390,7 @@ class Supervisor:
         Callers notice nothing: the old versions answer until the new ones are warm. Raises `ParbakeError`, and
         then everything stays as it was; but API keys, which are read again too, are in force if they were valid.
         """
+        taken = await self._references(changes)
         async with self._lock:
             self._refuse_if_stopping()
             started = time.perf_counter()
@@ -378,13 +398,18 @@ class Supervisor:
             await self._renew_keys()
             targets = [replace(target) for target in self._targets]
             old = {(e.name, e.version): e for e in self._plan.entries}
-            named = [await asyncio.to_thread(self._change, targets, change) for change in changes]
+            for target in targets:
+                if target.reference in taken:
+                    target.take(taken[target.reference])
+            named = [await asyncio.to_thread(self._change, targets, change, taken) for change in changes]
             resolved = await asyncio.to_thread(self._resolve, targets, only=frozenset(named))
             for name, change in zip(named, changes, strict=True):
                 if change.mode is not None and not change.bundle and change.table is None:
                     # Who changes the mode changes nothing else.
                     self._refuse_other_bundles(resolved, name)
             await self._apply(resolved, targets)
+            if taken or any(change.bundle for change in changes):
+                await self._keep_references(taken.values())
             changed = tuple(
                 f"{e.name}:{e.version}" for e in self._plan.entries if old.get((e.name, e.version)) != e
             )
@@ -644,6 +669,95 @@ class Supervisor:
             )
             log().info("model.loaded" if loaded else "model.unloaded", deployment=name)
 
+    async def _first_resolved(self) -> Resolved:
+        """What the targets come to at the start, those in the registry too, however long it is away."""
+        taken = await self._follower.begin([t.reference for t in self._targets if t.reference])
+        for target in self._targets:
+            if target.reference:
+                target.take(taken[target.reference])
+        resolved = await asyncio.to_thread(self._resolve, self._targets)
+        await asyncio.to_thread(self._follower.took, taken.values())
+        return resolved
+
+    async def _references(self, changes: Sequence[Change]) -> dict[str, Taken]:
+        """What references mean now that are changed to, or read again because of ``changes``.
+
+        Where nothing is named, all are, as far as the registry answers. Raises what is said of one that was named.
+        """
+        wanted = [change.bundle for change in changes if is_reference(change.bundle)]
+        for change in changes:
+            if not change.bundle and change.table is None and change.mode is None:
+                wanted += [t.reference for t in self._targets if t.name == change.name and t.reference]
+        if changes:
+            found = [await self._follower.find(reference) for reference in dict.fromkeys(wanted)]
+            return {taken.reference: taken for taken in found}
+        taken: dict[str, Taken] = {}
+        for reference in dict.fromkeys(t.reference for t in self._targets if t.reference):
+            try:
+                meaning = (await self._follower.ask([reference]))[reference]
+                meaning.check()
+                taken[reference] = await self._follower.fetch(meaning)
+            except Unavailable:
+                # It has said so; what it came to before stays.
+                break
+        return taken
+
+    async def _follow_registry(self) -> None:
+        """Ask the registry now and then what is followed, and take in what has moved."""
+        while True:
+            if not self.settings.release.follow_s:
+                return
+            await asyncio.sleep(self._follower.delay_s())
+            try:
+                await self._look_at_registry()
+            except Unavailable:
+                # It has said so, and status and metrics tell since when.
+                continue
+            except Exception:
+                log().exception("registry.failed")
+
+    async def _look_at_registry(self) -> None:
+        followed = [
+            t.reference
+            for t in self._targets
+            if t.loaded and t.reference and parse_reference(t.reference).follows
+        ]
+        if not followed:
+            return
+        for meaning in self._follower.moved((await self._follower.ask(followed)).values()):
+            try:
+                await self._take_in(await self._follower.fetch(meaning))
+            except ParbakeError as error:
+                self._follower.refuse(meaning, error.message, again=isinstance(error, Unavailable))
+
+    async def _take_in(self, taken: Taken) -> None:
+        """Serve what a reference means now. Raises `ParbakeError`, and then everything stays as it was."""
+        async with self._lock:
+            self._refuse_if_stopping()
+            started = time.perf_counter()
+            targets = [replace(target) for target in self._targets]
+            mine = [target for target in targets if target.reference == taken.reference and target.loaded]
+            if not mine:
+                return
+            for target in mine:
+                target.take(taken)
+            names = frozenset(target.name for target in mine)
+            await self._apply(await asyncio.to_thread(self._resolve, targets, only=names), targets)
+            await self._keep_references([taken])
+            log().info(
+                "alias.followed",
+                reference=taken.reference,
+                version=taken.version,
+                digest=taken.digest,
+                ms=round((time.perf_counter() - started) * 1000),
+            )
+
+    async def _keep_references(self, taken: Iterable[Taken]) -> None:
+        """Remember what is served now, and put away what nobody serves any more."""
+        await asyncio.to_thread(self._follower.took, list(taken))
+        self._follower.forget([target.reference for target in self._targets])
+        await asyncio.to_thread(self._follower.tidy, {entry.digest for entry in self._plan.entries})
+
     async def _follow_advice(self) -> None:
         """Where the mode is auto, ask the advisor now and then, and change the mode when it is sure."""
         from parbake.app.auto import Pilot
@@ -751,14 +865,19 @@ class Supervisor:
         if self._stopping:
             raise NotReady("the server is stopping")
 
-    def _change(self, targets: list[Target], change: Change) -> str:
+    def _change(self, targets: list[Target], change: Change, taken: dict[str, Taken]) -> str:
         """Take a change into the targets, and give the name of the deployment."""
         name = change.name
+        if not name and is_reference(change.bundle):
+            name = parse_reference(change.bundle).name
         if not name and change.bundle:
             name = read_bundle(change.bundle, verify=False).contract.name
         if not name and change.table and len({t.name for t in targets}) == 1:
             name = targets[0].name
         mine = [target for target in targets if target.name == name]
+        if not mine and change.bundle and self.settings.server.empty:
+            mine = [_target(DeploymentSettings(bundle=change.bundle, name=change.name or None), name)]
+            targets += mine
         if not mine:
             raise ModelNotFound(
                 f"no deployment {name[:80]!r}",
@@ -766,8 +885,11 @@ class Supervisor:
             )
         # Of several versions the one that callers get by default changes.
         target = mine[-1]
-        if change.bundle:
+        if change.bundle in taken:
+            target.take(taken[change.bundle])
+        elif change.bundle:
             target.bundle = str(Path(change.bundle).resolve())
+            target.reference = target.registered = ""
         if change.table is not None:
             target.table = str(Path(change.table).resolve()) if change.table else ""
         if change.bundle or change.table:
@@ -826,7 +948,8 @@ class Supervisor:
                     f"{path} holds a pickle, which can run any code when it is loaded",
                     hint="--allow-pickle, if you trust whoever packed it",
                 )
-            name = settings.name or bundle.contract.name
+            registered = parse_reference(target.reference).name if target.reference else ""
+            name = settings.name or registered or bundle.contract.name
             numbers[name] = numbers.get(name, 0) + 1
             if target.name and target.name != name:
                 raise Conflict(
@@ -834,7 +957,7 @@ class Supervisor:
                     hint="set name for the deployment to serve another model under it",
                 )
             target.name = name
-            target.version = settings.version or str(numbers[name])
+            target.version = settings.version or target.registered or str(numbers[name])
             if (name, target.version) in taken:
                 raise SettingsError(f"model {name!r} has two versions {target.version!r}")
             taken.add((name, target.version))
@@ -1293,7 +1416,13 @@ class Supervisor:
             for identity in dict.fromkeys((e.name, e.version) for e in self._runners)
             for there in [self._runners_of(identity)]
         ]
-        state = ServerState(self.started, len(self._fronts), self._front_restarts, self._plan.generation)
+        state = ServerState(
+            self.started,
+            len(self._fronts),
+            self._front_restarts,
+            self._plan.generation,
+            self._follower.status(),
+        )
         # What a profile says takes milliseconds to work out: of very many it would hold up those who want answers.
         few = len(self._rooms.models) <= MOST_IN_DETAIL
         traffic = {name: report.traffic for name, report in (await self.traffic()).items()} if few else {}
@@ -1377,6 +1506,7 @@ class Supervisor:
             tuple(versions),
             self._rooms.budget,
             self._rooms.pids,
+            self._follower.status(),
         )
 
     async def inventory(self) -> ServerInventory:
@@ -1410,11 +1540,12 @@ async def _all(works: Iterable[Awaitable[_T]]) -> list[_T]:
     return done
 
 
-def _target(settings: DeploymentSettings) -> Target:
+def _target(settings: DeploymentSettings, name: str = "") -> Target:
     auto = settings.mode == "auto"
     # Learning costs little and is what there is to decide by: auto begins with it.
     mode: Mode | None = "hybrid" if settings.mode == "auto" else settings.mode
-    return Target(settings, settings.bundle, settings.table, mode=mode, auto=auto)
+    reference = str(parse_reference(settings.bundle)) if is_reference(settings.bundle) else ""
+    return Target(settings, settings.bundle, settings.table, name, mode=mode, auto=auto, reference=reference)
 
 
 def read_bundles(paths: Sequence[str]) -> dict[str, StoredBundle]:

@@ -13,6 +13,7 @@ from msgspec import Struct
 from parbake.errors import NotFound
 from parbake.settings import (
     CONFIG_FILE,
+    REGISTERED,
     Declared,
     ReleaseSettings,
     ServerSettings,
@@ -27,8 +28,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 DEBUG_KEY = "parbake.debug"
 
 
-def settings_options(kind: type[Struct], *, multiple: Collection[str] = ()) -> Callable[[F], F]:
-    """A decorator that gives a command one option for each setting of a struct.
+def settings_options(
+    kind: type[Struct], *, multiple: Collection[str] = (), only: Collection[str] = ()
+) -> Callable[[F], F]:
+    """A decorator that gives a command one option for each setting of a struct, or for those in ``only``.
 
     The option's value is None (or, of ``multiple``, empty) where neither flag nor environment gave one,
     so that `given` can tell what overrides the file.
@@ -37,7 +40,7 @@ def settings_options(kind: type[Struct], *, multiple: Collection[str] = ()) -> C
     def decorate(function: F) -> F:
         # Click shows the option that was decorated last first.
         for setting in reversed(declared(kind)):
-            if setting.option is not None:
+            if setting.option is not None and (not only or setting.field in only):
                 function = _option(setting, setting.field in multiple)(function)
         return function
 
@@ -105,6 +108,20 @@ def pickle_option(function: F) -> F:
     )(function)
 
 
+class RegisteredOrBundle(click.ParamType[Any]):
+    """A bundle's path, or a version in the registry, which comes back as it is."""
+
+    name = "bundle"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path, or the reference. Raises `NotFound`, `InvalidInput`."""
+        if str(value).startswith(REGISTERED):
+            from parbake.release.registry import parse_reference
+
+            return str(parse_reference(str(value)))
+        return BUNDLE.convert(value, param, ctx)
+
+
 class ExistingPath(click.Path):
     """A path that must exist; where it does not, `NotFound` and its exit code say so, not a usage error."""
 
@@ -159,6 +176,7 @@ def name_and_directory(table: str) -> tuple[str, str]:
 
 
 BUNDLE = ExistingPath("bundle", "parbake pack MODEL --out DIR writes one")
+REGISTERED_OR_BUNDLE = RegisteredOrBundle()
 FILE = ExistingPath("file")
 
 

@@ -12,6 +12,7 @@ import click
 from parbake.cli.options import Command, json_option, name_and_directory, server_options
 from parbake.cli.output import emit_json, say
 from parbake.errors import SettingsError, TableForeign
+from parbake.settings import REGISTERED
 
 if TYPE_CHECKING:
     from parbake.app.supervisor import Change
@@ -48,7 +49,8 @@ def command(
 ) -> None:
     """Put a new bundle or table under a running server, without a failed request.
 
-    A BUNDLE takes the place of the one of its name; a NAME is read again from where it is, and loaded
+    A BUNDLE (a directory, or a version in the registry: models:/NAME@3, models:/NAME@champion) takes the place of the
+    one of its name, or joins in on a server that was started --empty; a NAME is read again from where it is, and loaded
     where it was not; without either everything that is loaded is read again. What fails its checks is
     refused, and the old goes on answering.
     """
@@ -77,18 +79,18 @@ def changes_of(
     """
     from parbake.app.supervisor import Change
 
-    if name and not (len(targets) == 1 and Path(targets[0]).is_dir()):
+    if name and not (len(targets) == 1 and _is_bundle(targets[0])):
         raise SettingsError(
             f"--name {name} takes one bundle, got {', '.join(targets) or 'none'}",
             hint=f"parbake reload BUNDLE --name {name}",
         )
     for target in targets:
-        if os.sep in target and not Path(target).is_dir():
+        if os.sep in target and not _is_bundle(target):
             raise SettingsError(
                 f"no bundle at {target}", hint="parbake reload takes a bundle, or a name that is served"
             )
     changes = [
-        Change(name, bundle=target) if Path(target).is_dir() else Change(name=target) for target in targets
+        Change(name, bundle=target) if _is_bundle(target) else Change(name=target) for target in targets
     ]
     named = [name_and_directory(table) for table in tables]
     if len(targets) == 1 and len(tables) == 1 and not named[0][0]:
@@ -97,6 +99,10 @@ def changes_of(
     for of, directory in named:
         changes.append(Change(of or _baked_for(directory, targets, served), "", directory))
     return changes
+
+
+def _is_bundle(target: str) -> bool:
+    return target.startswith(REGISTERED) or Path(target).is_dir()
 
 
 def _baked_for(directory: str, targets: Sequence[str], served: Callable[[], Served]) -> str:

@@ -9,10 +9,11 @@ from typing import Any
 
 import click
 
-from parbake.cli.options import BUNDLE, Command, given, name_and_directory, settings_options
+from parbake.cli.options import REGISTERED_OR_BUNDLE, Command, given, name_and_directory, settings_options
 from parbake.errors import NotFound, SettingsError, TableForeign
 from parbake.settings import (
     CONFIG_FILE,
+    REGISTERED,
     DeploymentSettings,
     ReleaseSettings,
     ServerSettings,
@@ -23,7 +24,7 @@ from parbake.settings import (
 
 
 @click.command(cls=Command, short_help="Serve bundles over HTTP and gRPC.")
-@click.argument("bundles", nargs=-1, type=BUNDLE, metavar="[BUNDLE]...")
+@click.argument("bundles", nargs=-1, type=REGISTERED_OR_BUNDLE, metavar="[BUNDLE]...")
 @click.option(
     "--config",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -37,7 +38,8 @@ from parbake.settings import (
 def command(ctx: click.Context, /, bundles: tuple[Path, ...], config: Path | None, **values: Any) -> None:
     """Serve bundles over HTTP and gRPC.
 
-    Bundles are named here or in a parbake.toml. A flag wins over its environment variable, that over
+    Bundles are named here or in a parbake.toml: directories, or versions in the registry (models:/NAME@3;
+    models:/NAME@champion follows the alias). A flag wins over its environment variable, that over
     the file; bundles named here replace the deployments of the file. --table takes DIR (it goes to the
     bundle that baked it) or NAME=DIR.
 
@@ -57,7 +59,8 @@ def build(bundles: Sequence[Path], config: Path | None, values: Mapping[str, Any
     deployments = base.deployments
     if bundles:
         deployments = tuple(DeploymentSettings(bundle=str(path)) for path in bundles)
-    if not deployments:
+    server = override(base.server, given(ServerSettings, values))
+    if not deployments and not server.empty:
         raise SettingsError(
             f"{file} has no [[deployments]]" if file else "nothing to serve",
             hint="parbake serve BUNDLE, or a parbake.toml with [[deployments]]",
@@ -65,7 +68,7 @@ def build(bundles: Sequence[Path], config: Path | None, values: Mapping[str, Any
     flags = given(DeploymentSettings, {**values, "table": None})
     deployments = tuple(override(deployment, flags) for deployment in deployments)
     return Settings(
-        server=override(base.server, given(ServerSettings, values)),
+        server=server,
         deployments=_with_tables(deployments, values.get("table") or ()),
         release=override(base.release, given(ReleaseSettings, values)),
     )
@@ -128,6 +131,11 @@ def _with_tables(
 
 
 def _identity(deployment: DeploymentSettings) -> _Identity:
+    if deployment.bundle.startswith(REGISTERED):
+        from parbake.release.registry import parse_reference
+
+        # Its digest is not known before the registry is asked: tables go to it by name.
+        return _Identity(deployment.name or parse_reference(deployment.bundle).name, "")
     from parbake.contract.bundle import read_bundle
 
     bundle = read_bundle(deployment.bundle, verify=False)

@@ -11,6 +11,7 @@ from parbake.cli.options import Command, json_option, server_options
 from parbake.cli.output import age, emit, emit_json, emit_table, emit_title
 
 if TYPE_CHECKING:
+    from parbake.app.follow import Following
     from parbake.app.supervisor import Status, VersionStatus
 
 _TITLES = (
@@ -69,9 +70,24 @@ def show(status: Status, now: float) -> None:
     if status.versions:
         emit()
         emit_table([_row(version, now) for version in status.versions], _TITLES, numbers=_NUMBERS)
+    if status.following:
+        emit()
+        for following in status.following:
+            emit(_follows(following, now))
     if status.unloaded:
         emit()
         emit(f"not loaded: {', '.join(status.unloaded)}")
+
+
+def _follows(following: Following, now: float) -> str:
+    """What a reference is served as, and what is in the way."""
+    line = f"{following.reference} is version {following.version}"
+    if following.problem:
+        line += f"; version {following.wanted} is not served: {following.problem}"
+    if following.away_since:
+        since = f"the registry went away {age(now - following.away_since)}"
+        line += f"; {since}" + ("" if following.answered else ", and this is from the cache")
+    return line
 
 
 def _row(version: VersionStatus, now: float) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ import msgspec
 from parbake.app.routes import RouteChange, RouteStatus
 from parbake.app.supervisor import Change, Reloaded, Status
 from parbake.errors import ParbakeError, ServerNotFound, SettingsError, by_code
+from parbake.settings import REGISTERED
 from parbake.transports import statefile
 
 if TYPE_CHECKING:
@@ -38,7 +39,9 @@ def reload(
     resolved = [
         Change(
             change.name,
-            str(Path(change.bundle).resolve()) if change.bundle else "",
+            change.bundle
+            if not change.bundle or change.bundle.startswith(REGISTERED)
+            else str(Path(change.bundle).resolve()),
             str(Path(change.table).resolve()) if change.table else change.table,
             change.mode,
         )

@@ -195,7 +195,7 @@ def _check(server: ServerSettings) -> None:
 
 
 def _announce(running: Running) -> None:
-    names = ", ".join(running.deployments)
+    names = ", ".join(running.deployments) or "nothing yet"
     scheme = "https" if running.tls else "http"
     print(f"serving {names} on {running.url}", flush=True)  # noqa: T201  what scripts wait for
     if running.grpc_port is not None:

@@ -27,6 +27,8 @@ STATUSES = {
     "bundle_unsigned": 422, "goldens_differ": 422,
     "environment_differs": 422, "table_error": 422, "table_missing": 422, "table_torn": 422,
     "table_foreign": 422, "table_too_new": 422, "pack_refused": 422, "parity_refused": 422, "not_convertible": 422,
+    "lease_lost": 409, "state_away": 503, "state_error": 500, "state_torn": 500, "state_too_new": 500,
+    "bundle_missing": 404, "registry_away": 503, "store_away": 503, "register_refused": 422,
     "input_file": 422, "settings": 422, "missing_extra": 501, "server_not_found": 502,
 }  # fmt: skip
 

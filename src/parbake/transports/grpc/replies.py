@@ -26,6 +26,7 @@ STATUSES: Final[dict[type[ParbakeError], grpc.StatusCode]] = {
     errors.ModelFailed: grpc.StatusCode.INTERNAL,
     errors.BundleError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.TableError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.RegisterRefused: grpc.StatusCode.FAILED_PRECONDITION,
     errors.PackRefused: grpc.StatusCode.FAILED_PRECONDITION,
     errors.InputFileError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.SettingsError: grpc.StatusCode.FAILED_PRECONDITION,

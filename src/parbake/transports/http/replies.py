@@ -28,6 +28,7 @@ STATUSES: Final[dict[type[ParbakeError], int]] = {
     errors.ModelFailed: 500,
     errors.BundleError: 422,
     errors.TableError: 422,
+    errors.RegisterRefused: 422,
     errors.PackRefused: 422,
     errors.InputFileError: 422,
     errors.SettingsError: 422,

@@ -1,0 +1,131 @@
+"""Register bundles, and ask what is registered: the registry and the bundle store, as the settings name them."""
+
+from __future__ import annotations
+
+import getpass
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from parbake.app.state import state_dir
+from parbake.contract.bundle import read_bundle
+from parbake.errors import RegisterRefused, SettingsError
+from parbake.release.bundles import BundleStore, Collected
+from parbake.release.registry import Registration, Registry, Version
+from parbake.settings import Settings
+
+BUNDLES: Final = "bundles"
+"""Folder in the state directory: the bundle store where none is set, else its cache."""
+
+_SQLITE: Final = "sqlite:///"
+_S3: Final = "s3://"
+
+
+def registry_url(settings: Settings) -> str:
+    """Where the registry is: as set, else MLflow on SQLite in the state directory."""
+    return settings.release.registry or f"{_SQLITE}{state_dir(settings).absolute() / 'mlflow.db'}"
+
+
+def cache_root(settings: Settings) -> Path:
+    """Where bundles lie by digest on this machine."""
+    return state_dir(settings).absolute() / BUNDLES
+
+
+def store_place(settings: Settings) -> str:
+    """Where the bundle store is: as set, else the folder that is the cache elsewhere."""
+    return settings.release.bundle_store or str(cache_root(settings))
+
+
+def open_registry(url: str) -> Registry:
+    """The registry at a URL. Raises `SettingsError`, `MissingExtra`."""
+    from parbake.release.mlflow import Calls, MlflowRegistry
+
+    calls: Calls
+    if url.startswith(_SQLITE):
+        from parbake.release.mlflow_sqlite import SqliteCalls
+
+        calls = SqliteCalls(Path(url.removeprefix(_SQLITE)))
+    elif url.startswith(("http://", "https://")):
+        from parbake.release.mlflow_rest import RestCalls
+
+        calls = RestCalls(url)
+    else:
+        raise SettingsError(
+            f"{url!r} is no registry", hint="https://HOST of an MLflow server, or sqlite:///PATH"
+        )
+    return MlflowRegistry(calls)
+
+
+def open_bundles(place: str) -> BundleStore:
+    """The bundle store at a path or URL. Raises `SettingsError`, `MissingExtra`."""
+    if place.startswith(_S3):
+        from parbake.release.bundles_s3 import S3Store
+
+        return S3Store(place)
+    if "://" in place:
+        raise SettingsError(f"{place!r} is no bundle store", hint="a directory, or s3://BUCKET/PREFIX")
+    from parbake.release.bundles_directory import DirectoryStore
+
+    return DirectoryStore(Path(place))
+
+
+def register(
+    settings: Settings,
+    path: Path,
+    *,
+    name: str = "",
+    alias: str = "",
+    by: str = "",
+    force: bool = False,
+) -> Version:
+    """Keep a bundle in the store, then register it: a version is never there without its bundle.
+
+    Raises `BundleError`, `RegisterRefused` where it has no purpose or owner (``force`` records that instead),
+    `RegistryAway`, `StoreAway`; then no version was made.
+    """
+    bundle = read_bundle(path)
+    contract = bundle.contract
+    lacking = [what for what in ("purpose", "owner") if not getattr(contract, what).strip()]
+    if lacking and not force:
+        raise RegisterRefused(
+            f"{path} does not say its {' and '.join(lacking)}",
+            hint=f"parbake pack --{lacking[0]} ..., or --force, which is recorded",
+        )
+    registry = open_registry(registry_url(settings))
+    source = open_bundles(store_place(settings)).put(bundle)
+    version = registry.register(
+        Registration(
+            name or contract.name,
+            bundle.digest,
+            contract.purpose,
+            contract.owner,
+            source,
+            by or who(),
+            f"no {' and no '.join(lacking)}" if lacking else "",
+        )
+    )
+    if alias:
+        registry.alias(version.name, alias, version.version)
+        return registry.version(version.name, alias)
+    return version
+
+
+def prune(settings: Settings, *, grace_s: float) -> Collected:
+    """Remove from the bundle store what no version in the registry refers to. Raises `RegistryAway`, `StoreAway`."""
+    registry = open_registry(registry_url(settings))
+    keep = {version.digest for name in registry.names() for version in registry.versions(name)}
+    return open_bundles(store_place(settings)).collect(keep, grace_s=grace_s)
+
+
+def versions(settings: Settings, name: str) -> Sequence[Version]:
+    """The versions of a model, oldest first. Raises `ModelNotFound`, `RegistryAway`."""
+    return open_registry(registry_url(settings)).versions(name)
+
+
+def who() -> str:
+    """Whoever asks: the user of this process."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
