@@ -18,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 import parbake
 from parbake import errors, testing
 from parbake.app.control import AllCounts, HeadCounts, LogRows, VersionCounts
+from parbake.app.follow import Following
 from parbake.app.metrics import (
     DemandState,
     RoomsState,
@@ -338,7 +339,7 @@ def _metrics() -> Iterator[str]:
     stats.batch(1, 1.0)
     stats.refused("overloaded")
     page = render(
-        ServerState(0.0, 1, 0, 1),
+        ServerState(0.0, 1, 0, 1, (Following("models:/eta@champion", "eta", "1", "sha256:"),)),
         [VersionState("eta", "1", "hybrid", "sha256:", 1, 1.0)],
         [RunnerState("eta", "1", 0, 1)],
         AllCounts(

@@ -101,3 +101,11 @@ def chunked(*pieces: bytes, trailer: bytes = b"") -> bytes:
         + trailer
         + b"\r\n"
     )
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port

@@ -6,14 +6,17 @@ import getpass
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from parbake.app.state import state_dir
 from parbake.contract.bundle import read_bundle
-from parbake.errors import RegisterRefused, SettingsError
+from parbake.errors import Conflict, RegisterRefused, SettingsError
 from parbake.release.bundles import BundleStore, Collected
-from parbake.release.registry import Registration, Registry, Version
+from parbake.release.registry import Registration, Registry, Version, parse_reference
 from parbake.settings import Settings
+
+if TYPE_CHECKING:
+    from parbake.release.mlflow_models import LoggedModel
 
 BUNDLES: Final = "bundles"
 """Folder in the state directory: the bundle store where none is set, else its cache."""
@@ -116,6 +119,20 @@ def prune(settings: Settings, *, grace_s: float) -> Collected:
     registry = open_registry(registry_url(settings))
     keep = {version.digest for name in registry.names() for version in registry.versions(name)}
     return open_bundles(store_place(settings)).collect(keep, grace_s=grace_s)
+
+
+def logged_model(settings: Settings, text: str, folder: Path, *, allow_pickle: bool) -> LoggedModel:
+    """The model of a version that MLflow's own flavours have logged; its files go to ``folder``.
+
+    Raises `ModelNotFound`, `VersionNotFound`, `Conflict` for a version that is a bundle, and what `take` raises.
+    """
+    from parbake.release.mlflow_models import take
+
+    reference = parse_reference(text)
+    version = open_registry(registry_url(settings)).version(reference.name, reference.which)
+    if version.digest:
+        raise Conflict(f"{text} is a bundle already", hint=f"parbake serve {text} serves it")
+    return take(registry_url(settings), reference, folder, allow_pickle=allow_pickle)
 
 
 def versions(settings: Settings, name: str) -> Sequence[Version]:

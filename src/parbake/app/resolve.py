@@ -1,4 +1,4 @@
-"""Ask the registry and the bundle store in a process of its own, so that a server neither waits for them nor imports them.
+"""Ask registry and bundle store in a process of its own: a server neither waits for them nor imports them.
 
 ``python -m parbake.app.resolve`` reads one question from stdin and writes one answer to stdout.
 """
@@ -22,14 +22,14 @@ _MODULE: Final = "parbake.app.resolve"
 
 
 class Look(Struct, frozen=True, tag="look"):
-    """What do these references mean now?"""
+    """A question: what these references mean now."""
 
     registry: str
     references: tuple[str, ...]
 
 
 class Fetch(Struct, frozen=True, tag="fetch"):
-    """Have this bundle under ``root``."""
+    """A question: where this bundle is, under ``root``."""
 
     store: str
     digest: str

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 
@@ -12,7 +13,12 @@ from parbake.cli.example import read_example
 from parbake.cli.inspect import batch_words, describe, parity_words
 from parbake.cli.options import FILE, Command, json_option, pickle_option, progress_option
 from parbake.cli.output import emit_json, say, stages
-from parbake.errors import NotFound, SettingsError
+from parbake.cli.versions import registry_options, release_settings
+from parbake.errors import NotFound, PackRefused, SettingsError
+from parbake.settings import REGISTERED
+
+_NEEDED: Final = ("name", "example", "purpose", "owner", "out")
+_NEEDED_OF_REGISTERED: Final = ("purpose", "owner")
 
 
 class Pair(click.ParamType[tuple[str, str]]):
@@ -52,19 +58,16 @@ class Decimals(click.ParamType[tuple[str, int]]):
 
 @click.command(cls=Command, short_help="Pack a trained model into a bundle, proven equal to its source.")
 @click.argument("model", metavar="MODEL")
-@click.option("--name", required=True, metavar="NAME", help="Name of the model.")
+@click.option("--name", metavar="NAME", help="Name of the model.")
 @click.option(
     "--example",
-    required=True,
     type=FILE,
     metavar="FILE",
     help="Rows as the model takes them: .npz by input name, .parquet or .csv by column.",
 )
-@click.option("--purpose", required=True, metavar="TEXT", help="What the predictions are for.")
-@click.option("--owner", required=True, metavar="TEXT", help="Who answers for the model.")
-@click.option(
-    "--out", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Where to write the bundle."
-)
+@click.option("--purpose", metavar="TEXT", help="What the predictions are for.")
+@click.option("--owner", metavar="TEXT", help="Who answers for the model.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Where to write the bundle.")
 @click.option(
     "--key",
     multiple=True,
@@ -124,10 +127,14 @@ class Decimals(click.ParamType[tuple[str, int]]):
 @pickle_option
 @click.option("--replace", is_flag=True, help="Overwrite a bundle that is there.")
 @progress_option
+@registry_options
 @json_option
+@click.pass_context
 def command(
+    ctx: click.Context,
+    /,
     model: str,
-    example: Path,
+    example: Path | None,
     key: tuple[str, ...],
     units: tuple[tuple[str, str], ...],
     rounding: tuple[tuple[str, int], ...],
@@ -137,25 +144,49 @@ def command(
     allow_nan: bool,
     show_progress: bool,
     as_json: bool,
+    config: Path | None,
+    registry: str | None,
+    bundle_store: str | None,
+    state_dir: str | None,
     **values: Any,
 ) -> None:
     """Pack a trained model into a bundle, proven equal to its source.
 
     MODEL is a file (.onnx; LightGBM's .txt; XGBoost's .json or .ubj; TorchScript's .pt; with --allow-pickle
     also .joblib, .pkl, and PyTorch's .pt2 and pickled modules), or MODULE:FUNCTION of a Python function that
-    takes the inputs by name as arrays (first axis: the row). Source and bundle are compared on the example
-    and at the model's own thresholds; a bundle that answers differently is not written.
+    takes the inputs by name as arrays (first axis: the row), or a version that MLflow's own flavours have logged
+    (models:/NAME@champion, models:/NAME@3), of which name and example are known. Source and bundle are compared
+    on the example and at the model's own thresholds; a bundle that answers differently is not written.
     """
+    registered = model.startswith(REGISTERED)
+    _check_given(ctx, {**values, "example": example}, _NEEDED_OF_REGISTERED if registered else _NEEDED)
     if ":" not in model and not Path(model).exists():
         raise NotFound(f"no model at {model}", hint="MODEL is a file, or MODULE:FUNCTION")
 
     from parbake.app.pack import pack
     from parbake.contract.bundle import read_bundle
 
-    with stages("packing", wanted=show_progress) as stage:
+    source: Any = model
+    rows = read_example(example) if example is not None else None
+    with stages("packing", wanted=show_progress) as stage, tempfile.TemporaryDirectory() as temporary:
+        if registered:
+            from parbake.app.registry import logged_model
+            from parbake.release.registry import parse_reference
+
+            stage(f"fetching {model}")
+            places = {"registry": registry, "bundle_store": bundle_store, "state_dir": state_dir}
+            logged = logged_model(
+                release_settings(config, places), model, Path(temporary), allow_pickle=values["allow_pickle"]
+            )
+            source = logged.model
+            rows = logged.example if rows is None else rows
+            values["name"] = values["name"] or parse_reference(model).name
+            values["out"] = values["out"] or Path(f"{values['name']}.bundle")
+            if rows is None:
+                raise PackRefused(f"{model} was logged without an input example", hint="--example FILE")
         bundle = pack(
-            model,
-            example=read_example(example),
+            source,
+            example=rows,
             key=list(key) or None,
             units=dict(units),
             rounding=dict(rounding),
@@ -171,6 +202,12 @@ def command(
         say(f"packed {bundle.path}, {bundle.digest[:19]}")
         say(f"parity: {parity_words(bundle.contract)}")
         say(f"batches: {batch_words(bundle.contract.batch)}")
+
+
+def _check_given(ctx: click.Context, values: dict[str, Any], needed: tuple[str, ...]) -> None:
+    for parameter in ctx.command.params:
+        if parameter.name in needed and values[parameter.name] is None:
+            raise click.MissingParameter(ctx=ctx, param=parameter)
 
 
 def _json(text: str) -> dict[str, Any]:

@@ -148,7 +148,8 @@ class S3Store:
                 raise BundleTorn(f"{name} of {digest[:19]}... is missing in {self.where}") from error
             if found.meta["size"] != size:
                 raise BundleTorn(
-                    f"{name} of {digest[:19]}... has {found.meta['size']} bytes in {self.where}, its manifest says {size}"
+                    f"{name} of {digest[:19]}... has {found.meta['size']} bytes in {self.where}, "
+                    f"its manifest says {size}"
                 )
             with target.open("wb") as handle:
                 for chunk in found.stream():
@@ -164,7 +165,8 @@ class S3Store:
 
         try:
             yield
-        except BaseError as error:
+        # What is missing here is a whole bucket.
+        except (BaseError, OSError) as error:
             words = next(
                 (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
             )

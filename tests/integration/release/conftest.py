@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from parbake.app.registry import open_bundles, open_registry
+from parbake.release.bundles import BundleStore
 from parbake.release.database import Database, open_database
+from parbake.release.registry import MemoryRegistry, Registry
+from tests.mlflow_server import MlflowServer
 from tests.postgres import Postgres
+from tests.s3 import BUCKET, Moto
 
 
 @pytest.fixture(scope="session")
@@ -34,3 +40,68 @@ def state(url: str) -> Iterator[Database]:
     database = open_database(url)
     yield database
     database.close()
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    """An MLflow server for all tests that do not break it."""
+    server = MlflowServer(tmp_path_factory.mktemp("mlflow") / "server")
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def mlflow_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """MLflow on SQLite, made once: that takes seconds."""
+    pytest.importorskip("mlflow", reason="no MLflow here: pip install 'parbake[mlflow]'")
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'kept' / 'mlflow.db'}"
+
+
+@pytest.fixture(params=["memory", "sqlite", "server"])
+def registry(request: pytest.FixtureRequest) -> Registry:
+    """Each kind of registry. Names are the test's own: two of them outlive it."""
+    if request.param == "memory":
+        return MemoryRegistry()
+    if request.param == "sqlite":
+        return open_registry(request.getfixturevalue("mlflow_file"))
+    server: MlflowServer = request.getfixturevalue("mlflow_server")
+    return open_registry(server.url)
+
+
+@pytest.fixture(scope="session")
+def shared_moto() -> Iterator[Moto]:
+    """An S3-compatible server for all tests that do not break it."""
+    server = Moto()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def moto(shared_moto: Moto, monkeypatch: pytest.MonkeyPatch) -> Moto:
+    """That server, which this process finds by its environment."""
+    shared_moto.tell(monkeypatch)
+    return shared_moto
+
+
+@pytest.fixture
+def own_moto(monkeypatch: pytest.MonkeyPatch) -> Iterator[Moto]:
+    """A server to break."""
+    server = Moto()
+    server.tell(monkeypatch)
+    yield server
+    server.kill()
+
+
+@pytest.fixture(params=["directory", "s3"])
+def store_place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty bundle store of each kind, by its place."""
+    if request.param == "directory":
+        return str(tmp_path / "store")
+    request.getfixturevalue("moto")
+    return f"s3://{BUCKET}/{uuid.uuid4().hex}/prefix"
+
+
+@pytest.fixture
+def store(store_place: str) -> BundleStore:
+    """That store, opened."""
+    return open_bundles(store_place)

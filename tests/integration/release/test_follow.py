@@ -1,0 +1,217 @@
+"""A server that loads from the registry follows an alias, and serves on when registry or store are away."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from parbake.app.registry import open_bundles, open_registry
+from parbake.app.supervisor import Change
+from parbake.errors import ModelNotFound, ServerNotFound, VersionNotFound
+from parbake.release.registry import Registration
+from parbake.testing import serving
+from parbake.transports import client
+from tests.functions import write_function, write_scaled
+from tests.mlflow_server import MlflowServer
+from tests.s3 import BUCKET, Moto
+from tests.traffic import answer, calling, infer, once, rows, wait_for
+
+pytestmark = pytest.mark.xdist_group("mlflow")
+
+PATH = "/v2/models/scaled/infer"
+REFERENCE = "models:/scaled@champion"
+
+
+class Released:
+    """A registry, a bundle store, and a way to fill both."""
+
+    def __init__(self, folder: Path, server: MlflowServer, store: str) -> None:
+        self.folder, self.server, self.store = folder, server, store
+        self.registry = open_registry(server.url)
+
+    def register(self, factor: float, *, alias: bool = True, path: Path | None = None) -> str:
+        """Register ``y = factor x``, let champion point at it, and give its version."""
+        from parbake.contract.bundle import read_bundle
+
+        path = path or write_scaled(self.folder / f"by-{factor}.bundle", factor).path
+        bundle = read_bundle(path)
+        where = open_bundles(self.store).put(bundle)
+        version = self.registry.register(Registration("scaled", bundle.digest, "p", "o", where)).version
+        if alias:
+            self.registry.alias("scaled", "champion", version)
+        return version
+
+    def options(self, **more: object) -> dict[str, Any]:
+        """Of a server that follows."""
+        return {
+            "registry": self.server.url, "bundle_store": self.store, "state_dir": self.folder / "state",
+            "follow_s": 0.3, "workers": 1, **more,
+        }  # fmt: skip
+
+
+@pytest.fixture
+def released(tmp_path: Path) -> Iterator[Released]:
+    """With two versions, of which the first is champion."""
+    server = MlflowServer(tmp_path / "mlflow")
+    released = Released(tmp_path, server, str(tmp_path / "store"))
+    released.register(2)
+    released.register(3, alias=False)
+    yield released
+    server.close()
+
+
+def factor(url: str) -> float:
+    return answer(once(url, PATH, infer((1.0, 2.0))))[0]
+
+
+def test_a_moved_alias_is_followed_without_a_failed_request(released: Released) -> None:
+    with (
+        serving(REFERENCE, **released.options()) as server,
+        calling(server.url, rows("scaled", (1.0, 2.0))) as callers,
+    ):
+        assert factor(server.url) == 2
+        released.registry.alias("scaled", "champion", "2")
+        wait_for(lambda: factor(server.url) == 3)
+        for caller in callers:
+            caller.wait(10)
+            assert not caller.failures
+        (version,) = client.status(port=server.port).versions
+        assert version.version == "2"
+        (following,) = client.status(port=server.port).following
+        assert (following.reference, following.version, following.away_since) == (REFERENCE, "2", 0.0)
+
+
+def test_a_push_is_followed_at_once(released: Released) -> None:
+    with serving(REFERENCE, **released.options(follow_s=0)) as server:
+        released.registry.alias("scaled", "champion", "2")
+        assert client.reload(port=server.port).changed == ("scaled:2",)
+        assert factor(server.url) == 3
+        client.reload([Change(bundle="models:/scaled@1")], port=server.port)
+        assert factor(server.url) == 2
+
+
+def test_the_registry_goes_away_and_comes_back_while_it_serves(released: Released) -> None:
+    with (
+        serving(REFERENCE, **released.options()) as server,
+        calling(server.url, rows("scaled", (1.0, 2.0))) as callers,
+    ):
+        released.server.kill()
+        before = time.time()
+        wait_for(lambda: client.status(port=server.port).following[0].away_since)
+        assert client.status(port=server.port).following[0].away_since <= time.time()
+        assert client.status(port=server.port).following[0].away_since > before - 5
+        metrics = client.metrics(port=server.port)
+        assert "parbake_registry_away_since_timestamp_seconds 1." in metrics
+        time.sleep(1)
+        assert server.log().count("registry.away") == 1
+        released.server.start()
+        released.registry.alias("scaled", "champion", "2")
+        wait_for(lambda: factor(server.url) == 3)
+        assert client.status(port=server.port).following[0].away_since == 0
+        assert not any(caller.failures for caller in callers)
+
+
+def test_a_server_starts_from_its_cache_while_the_registry_is_away(released: Released) -> None:
+    released.registry.alias("scaled", "champion", "2")
+    with serving(REFERENCE, **released.options()) as server:
+        assert factor(server.url) == 3
+    released.server.kill()
+    with serving(REFERENCE, **released.options()) as server:
+        assert factor(server.url) == 3
+        (following,) = client.status(port=server.port).following
+        assert (following.version, following.answered) == ("2", 0.0)
+        assert following.away_since
+        assert "from the cache" in server.log()
+
+
+def test_without_a_cache_it_waits_for_the_registry_and_is_not_ready(released: Released) -> None:
+    released.server.kill()
+    with (
+        pytest.raises(ServerNotFound, match=r"registry\.awaited"),
+        serving(REFERENCE, timeout_s=6, **released.options()),
+    ):
+        pass
+
+
+def test_a_version_that_fails_its_checks_is_not_followed(released: Released, tmp_path: Path) -> None:
+    broken = write_function(tmp_path, "import nowhere\ndef predict(x):\n    return x\n", name="scaled")
+    version = released.register(0, alias=False, path=broken.path)
+    with serving(REFERENCE, **released.options()) as server:
+        released.registry.alias("scaled", "champion", version)
+        wait_for(lambda: client.status(port=server.port).following[0].problem)
+        (following,) = client.status(port=server.port).following
+        assert (following.version, following.wanted) == ("1", version)
+        assert factor(server.url) == 2
+        assert "parbake_reference_behind" in client.metrics(port=server.port)
+        time.sleep(1)
+        assert server.log().count("alias.not_followed") == 1
+        released.registry.alias("scaled", "champion", "2")
+        wait_for(lambda: factor(server.url) == 3)
+        assert not client.status(port=server.port).following[0].problem
+
+
+def test_what_is_not_registered_is_said_at_the_start(released: Released) -> None:
+    for reference, words in (
+        ("models:/scaled@nobody", "no alias 'nobody'"),
+        ("models:/scaled@7", "no version '7'"),
+        ("models:/other@champion", "no model 'other'"),
+    ):
+        with pytest.raises(ServerNotFound, match=words), serving(reference, **released.options()):
+            pass
+
+
+def test_a_server_that_starts_empty_is_ready_when_it_has_a_model(released: Released) -> None:
+    with serving(**released.options(empty=True)) as server:
+        assert once(server.url, "/v2/health/live").status == 200
+        assert once(server.url, "/v2/health/ready").status == 503
+        client.reload([Change(bundle=REFERENCE)], port=server.port)
+        assert once(server.url, "/v2/health/ready").status == 200
+        assert factor(server.url) == 2
+        released.registry.alias("scaled", "champion", "2")
+        wait_for(lambda: factor(server.url) == 3)
+        with pytest.raises((ModelNotFound, VersionNotFound)):
+            client.reload([Change(bundle="models:/other@1")], port=server.port)
+        assert factor(server.url) == 3
+
+
+def test_a_hung_registry_does_not_hold_up_answers(released: Released) -> None:
+    with serving(REFERENCE, **released.options()) as server:
+        released.server.hang()
+        try:
+            end = time.monotonic() + 2
+            while time.monotonic() < end:
+                started = time.monotonic()
+                assert factor(server.url) == 2
+                assert time.monotonic() - started < 1
+            assert server.stop() == 0
+        finally:
+            released.server.go_on()
+
+
+def test_the_bundle_store_dies_in_the_middle_and_what_is_cached_serves_on(
+    tmp_path: Path, own_moto: Moto
+) -> None:
+    mlflow = MlflowServer(tmp_path / "mlflow")
+    try:
+        released = Released(tmp_path, mlflow, f"s3://{BUCKET}/bundles")
+        released.register(2)
+        released.register(3, alias=False)
+        with serving(REFERENCE, **released.options()) as server:
+            own_moto.kill()
+            released.registry.alias("scaled", "champion", "2")
+            wait_for(lambda: client.status(port=server.port).following[0].problem)
+            (following,) = client.status(port=server.port).following
+            assert "bundle store" in following.problem
+            assert (following.version, following.wanted) == ("1", "2")
+            assert factor(server.url) == 2
+            # It is tried again, and taken in when the store is back with what it had.
+            own_moto.start()
+            released.register(3, alias=False)
+            wait_for(lambda: factor(server.url) == 3)
+            assert not client.status(port=server.port).following[0].problem
+    finally:
+        mlflow.close()
