@@ -42,7 +42,7 @@ class MlflowServer:
                 stdout=log,
                 stderr=log,
                 cwd=self.folder,
-                env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"},
+                env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
                 start_new_session=True,
             )  # fmt: skip
         end = time.monotonic() + 120
@@ -54,6 +54,11 @@ class MlflowServer:
                 assert self._process.poll() is None, (self.folder / "log").read_text()[-2000:]
                 time.sleep(0.1)
         raise AssertionError((self.folder / "log").read_text()[-2000:])
+
+    @property
+    def runs(self) -> bool:
+        """Whether it was not killed."""
+        return self._process is not None
 
     def hang(self) -> None:
         """Take connections, and never answer."""

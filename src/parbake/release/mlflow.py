@@ -90,8 +90,10 @@ class MlflowRegistry:
             for key in ("digest", "purpose", "owner", "source", "by", "forced")
             if (value := getattr(wanted, key))
         }
-        # A path would be refused by a server, which takes it for one of its own.
-        made = self._calls.create_version(wanted.name, f"parbake-bundle://{folder_name(wanted.digest)}", tags)
+        # A file's path would be refused by a server, and so would a URL whose path is not absolute.
+        made = self._calls.create_version(
+            wanted.name, f"parbake-bundle:///{folder_name(wanted.digest)}", tags
+        )
         return self._version(made, {})
 
     def names(self) -> Sequence[str]:

@@ -21,8 +21,10 @@ from parbake.release.mlflow import Calls, Found, Missing
 
 _TIMEOUT_S: Final = 20.0
 _MAX_BYTES: Final = 64 * 1024 * 1024
-_ABSENT: Final = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+_ABSENT: Final = "RESOURCE_DOES_NOT_EXIST"
+_NO_ALIAS: Final = "INVALID_PARAMETER_VALUE"
 _PAGE: Final = 200
+_BY_ALIAS: Final = "registered-models/alias"
 
 
 class RestCalls(Calls):
@@ -81,13 +83,11 @@ class RestCalls(Calls):
 
     def by_alias(self, name: str, alias: str) -> Found:
         """As `Calls.by_alias`."""
-        return _found(
-            self._asked("GET", "registered-models/alias", {"name": name, "alias": alias})["model_version"]
-        )
+        return _found(self._asked("GET", _BY_ALIAS, {"name": name, "alias": alias})["model_version"])
 
     def set_alias(self, name: str, alias: str, version: str) -> None:
         """As `Calls.set_alias`."""
-        self._asked("POST", "registered-models/alias", {"name": name, "alias": alias, "version": version})
+        self._asked("POST", _BY_ALIAS, {"name": name, "alias": alias, "version": version})
 
     def _pages(self, path: str, key: str, question: dict[str, str]) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
@@ -105,7 +105,9 @@ class RestCalls(Calls):
         try:
             return self._call(method, path, question)
         except _Refused as refused:
-            if refused.code in _ABSENT:
+            if refused.code == _ABSENT or (
+                refused.code == _NO_ALIAS and path == _BY_ALIAS and method == "GET"
+            ):
                 raise Missing(str(refused)) from refused
             raise self._away(refused) from refused
 

@@ -17,7 +17,8 @@ from parbake.release.mlflow import Calls, Found, Missing
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-_ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+_ABSENT = ("RESOURCE_DOES_NOT_EXIST",)
+_NO_ALIAS = "INVALID_PARAMETER_VALUE"
 _THERE = "RESOURCE_ALREADY_EXISTS"
 
 
@@ -82,7 +83,7 @@ class SqliteCalls(Calls):
 
     def by_alias(self, name: str, alias: str) -> Found:
         """As `Calls.by_alias`."""
-        with self._asked() as client:
+        with self._asked(absent=(*_ABSENT, _NO_ALIAS)) as client:
             return _found(client.get_model_version_by_alias(name, alias))
 
     def set_alias(self, name: str, alias: str, version: str) -> None:
@@ -91,7 +92,9 @@ class SqliteCalls(Calls):
             client.set_registered_model_alias(name, alias, version)
 
     @contextlib.contextmanager
-    def _asked(self, *, there_is_well: bool = False) -> Iterator[MlflowClient]:
+    def _asked(
+        self, *, there_is_well: bool = False, absent: Sequence[str] = _ABSENT
+    ) -> Iterator[MlflowClient]:
         """The client, with what its errors mean."""
         from mlflow.exceptions import MlflowException
 
@@ -101,7 +104,7 @@ class SqliteCalls(Calls):
             except MlflowException as error:
                 if there_is_well and error.error_code == _THERE:
                     return
-                if error.error_code in _ABSENT:
+                if error.error_code in absent:
                     raise Missing(str(error)) from error
                 raise self._away(error) from error
             except Exception as error:

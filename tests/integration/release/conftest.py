@@ -43,11 +43,19 @@ def state(url: str) -> Iterator[Database]:
 
 
 @pytest.fixture(scope="session")
-def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
-    """An MLflow server for all tests that do not break it."""
+def only_mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    """One MLflow server for all: it takes long to start."""
     server = MlflowServer(tmp_path_factory.mktemp("mlflow") / "server")
     yield server
     server.close()
+
+
+@pytest.fixture
+def mlflow_server(only_mlflow_server: MlflowServer) -> MlflowServer:
+    """That server, running again if the test before has killed it."""
+    if not only_mlflow_server.runs:
+        only_mlflow_server.start()
+    return only_mlflow_server
 
 
 @pytest.fixture(scope="session")

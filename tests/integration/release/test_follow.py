@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,6 @@ from tests.traffic import answer, calling, infer, once, rows, wait_for
 
 pytestmark = pytest.mark.xdist_group("mlflow")
 
-PATH = "/v2/models/scaled/infer"
-REFERENCE = "models:/scaled@champion"
-
 
 class Released:
     """A registry, a bundle store, and a way to fill both."""
@@ -32,6 +29,9 @@ class Released:
     def __init__(self, folder: Path, server: MlflowServer, store: str) -> None:
         self.folder, self.server, self.store = folder, server, store
         self.registry = open_registry(server.url)
+        # The server keeps what other tests have registered.
+        self.name = f"m{uuid.uuid4().hex[:12]}"
+        self.reference = f"models:/{self.name}@champion"
 
     def register(self, factor: float, *, alias: bool = True, path: Path | None = None) -> str:
         """Register ``y = factor x``, let champion point at it, and give its version."""
@@ -40,10 +40,18 @@ class Released:
         path = path or write_scaled(self.folder / f"by-{factor}.bundle", factor).path
         bundle = read_bundle(path)
         where = open_bundles(self.store).put(bundle)
-        version = self.registry.register(Registration("scaled", bundle.digest, "p", "o", where)).version
+        version = self.registry.register(Registration(self.name, bundle.digest, "p", "o", where)).version
         if alias:
-            self.registry.alias("scaled", "champion", version)
+            self.point(version)
         return version
+
+    def point(self, version: str) -> None:
+        """Let champion point at a version."""
+        self.registry.alias(self.name, "champion", version)
+
+    def factor(self, url: str) -> float:
+        """What a server multiplies by."""
+        return answer(once(url, f"/v2/models/{self.name}/infer", infer((1.0, 2.0))))[0]
 
     def options(self, **more: object) -> dict[str, Any]:
         """Of a server that follows."""
@@ -54,50 +62,48 @@ class Released:
 
 
 @pytest.fixture
-def released(tmp_path: Path) -> Iterator[Released]:
+def released(tmp_path: Path, mlflow_server: MlflowServer) -> Released:
     """With two versions, of which the first is champion."""
-    server = MlflowServer(tmp_path / "mlflow")
-    released = Released(tmp_path, server, str(tmp_path / "store"))
+    released = Released(tmp_path, mlflow_server, str(tmp_path / "store"))
     released.register(2)
     released.register(3, alias=False)
-    yield released
-    server.close()
-
-
-def factor(url: str) -> float:
-    return answer(once(url, PATH, infer((1.0, 2.0))))[0]
+    return released
 
 
 def test_a_moved_alias_is_followed_without_a_failed_request(released: Released) -> None:
     with (
-        serving(REFERENCE, **released.options()) as server,
-        calling(server.url, rows("scaled", (1.0, 2.0))) as callers,
+        serving(released.reference, **released.options()) as server,
+        calling(server.url, rows(released.name, (1.0, 2.0))) as callers,
     ):
-        assert factor(server.url) == 2
-        released.registry.alias("scaled", "champion", "2")
-        wait_for(lambda: factor(server.url) == 3)
+        assert released.factor(server.url) == 2
+        released.point("2")
+        wait_for(lambda: released.factor(server.url) == 3)
         for caller in callers:
             caller.wait(10)
             assert not caller.failures
         (version,) = client.status(port=server.port).versions
         assert version.version == "2"
         (following,) = client.status(port=server.port).following
-        assert (following.reference, following.version, following.away_since) == (REFERENCE, "2", 0.0)
+        assert (following.reference, following.version, following.away_since) == (
+            released.reference,
+            "2",
+            0.0,
+        )
 
 
 def test_a_push_is_followed_at_once(released: Released) -> None:
-    with serving(REFERENCE, **released.options(follow_s=0)) as server:
-        released.registry.alias("scaled", "champion", "2")
-        assert client.reload(port=server.port).changed == ("scaled:2",)
-        assert factor(server.url) == 3
-        client.reload([Change(bundle="models:/scaled@1")], port=server.port)
-        assert factor(server.url) == 2
+    with serving(released.reference, **released.options(follow_s=0)) as server:
+        released.point("2")
+        assert client.reload(port=server.port).changed == (f"{released.name}:2",)
+        assert released.factor(server.url) == 3
+        client.reload([Change(bundle=f"models:/{released.name}@1")], port=server.port)
+        assert released.factor(server.url) == 2
 
 
 def test_the_registry_goes_away_and_comes_back_while_it_serves(released: Released) -> None:
     with (
-        serving(REFERENCE, **released.options()) as server,
-        calling(server.url, rows("scaled", (1.0, 2.0))) as callers,
+        serving(released.reference, **released.options()) as server,
+        calling(server.url, rows(released.name, (1.0, 2.0))) as callers,
     ):
         released.server.kill()
         before = time.time()
@@ -109,19 +115,19 @@ def test_the_registry_goes_away_and_comes_back_while_it_serves(released: Release
         time.sleep(1)
         assert server.log().count("registry.away") == 1
         released.server.start()
-        released.registry.alias("scaled", "champion", "2")
-        wait_for(lambda: factor(server.url) == 3)
+        released.point("2")
+        wait_for(lambda: released.factor(server.url) == 3)
         assert client.status(port=server.port).following[0].away_since == 0
         assert not any(caller.failures for caller in callers)
 
 
 def test_a_server_starts_from_its_cache_while_the_registry_is_away(released: Released) -> None:
-    released.registry.alias("scaled", "champion", "2")
-    with serving(REFERENCE, **released.options()) as server:
-        assert factor(server.url) == 3
+    released.point("2")
+    with serving(released.reference, **released.options()) as server:
+        assert released.factor(server.url) == 3
     released.server.kill()
-    with serving(REFERENCE, **released.options()) as server:
-        assert factor(server.url) == 3
+    with serving(released.reference, **released.options()) as server:
+        assert released.factor(server.url) == 3
         (following,) = client.status(port=server.port).following
         assert (following.version, following.answered) == ("2", 0.0)
         assert following.away_since
@@ -132,7 +138,7 @@ def test_without_a_cache_it_waits_for_the_registry_and_is_not_ready(released: Re
     released.server.kill()
     with (
         pytest.raises(ServerNotFound, match=r"registry\.awaited"),
-        serving(REFERENCE, timeout_s=6, **released.options()),
+        serving(released.reference, timeout_s=6, **released.options()),
     ):
         pass
 
@@ -140,24 +146,24 @@ def test_without_a_cache_it_waits_for_the_registry_and_is_not_ready(released: Re
 def test_a_version_that_fails_its_checks_is_not_followed(released: Released, tmp_path: Path) -> None:
     broken = write_function(tmp_path, "import nowhere\ndef predict(x):\n    return x\n", name="scaled")
     version = released.register(0, alias=False, path=broken.path)
-    with serving(REFERENCE, **released.options()) as server:
-        released.registry.alias("scaled", "champion", version)
+    with serving(released.reference, **released.options()) as server:
+        released.point(version)
         wait_for(lambda: client.status(port=server.port).following[0].problem)
         (following,) = client.status(port=server.port).following
         assert (following.version, following.wanted) == ("1", version)
-        assert factor(server.url) == 2
+        assert released.factor(server.url) == 2
         assert "parbake_reference_behind" in client.metrics(port=server.port)
         time.sleep(1)
         assert server.log().count("alias.not_followed") == 1
-        released.registry.alias("scaled", "champion", "2")
-        wait_for(lambda: factor(server.url) == 3)
+        released.point("2")
+        wait_for(lambda: released.factor(server.url) == 3)
         assert not client.status(port=server.port).following[0].problem
 
 
 def test_what_is_not_registered_is_said_at_the_start(released: Released) -> None:
     for reference, words in (
-        ("models:/scaled@nobody", "no alias 'nobody'"),
-        ("models:/scaled@7", "no version '7'"),
+        (f"models:/{released.name}@nobody", "no alias 'nobody'"),
+        (f"models:/{released.name}@7", "no version '7'"),
         ("models:/other@champion", "no model 'other'"),
     ):
         with pytest.raises(ServerNotFound, match=words), serving(reference, **released.options()):
@@ -168,24 +174,24 @@ def test_a_server_that_starts_empty_is_ready_when_it_has_a_model(released: Relea
     with serving(**released.options(empty=True)) as server:
         assert once(server.url, "/v2/health/live").status == 200
         assert once(server.url, "/v2/health/ready").status == 503
-        client.reload([Change(bundle=REFERENCE)], port=server.port)
+        client.reload([Change(bundle=released.reference)], port=server.port)
         assert once(server.url, "/v2/health/ready").status == 200
-        assert factor(server.url) == 2
-        released.registry.alias("scaled", "champion", "2")
-        wait_for(lambda: factor(server.url) == 3)
+        assert released.factor(server.url) == 2
+        released.point("2")
+        wait_for(lambda: released.factor(server.url) == 3)
         with pytest.raises((ModelNotFound, VersionNotFound)):
             client.reload([Change(bundle="models:/other@1")], port=server.port)
-        assert factor(server.url) == 3
+        assert released.factor(server.url) == 3
 
 
 def test_a_hung_registry_does_not_hold_up_answers(released: Released) -> None:
-    with serving(REFERENCE, **released.options()) as server:
+    with serving(released.reference, **released.options()) as server:
         released.server.hang()
         try:
             end = time.monotonic() + 2
             while time.monotonic() < end:
                 started = time.monotonic()
-                assert factor(server.url) == 2
+                assert released.factor(server.url) == 2
                 assert time.monotonic() - started < 1
             assert server.stop() == 0
         finally:
@@ -193,25 +199,21 @@ def test_a_hung_registry_does_not_hold_up_answers(released: Released) -> None:
 
 
 def test_the_bundle_store_dies_in_the_middle_and_what_is_cached_serves_on(
-    tmp_path: Path, own_moto: Moto
+    tmp_path: Path, own_moto: Moto, mlflow_server: MlflowServer
 ) -> None:
-    mlflow = MlflowServer(tmp_path / "mlflow")
-    try:
-        released = Released(tmp_path, mlflow, f"s3://{BUCKET}/bundles")
-        released.register(2)
+    released = Released(tmp_path, mlflow_server, f"s3://{BUCKET}/bundles")
+    released.register(2)
+    released.register(3, alias=False)
+    with serving(released.reference, **released.options()) as server:
+        own_moto.kill()
+        released.point("2")
+        wait_for(lambda: client.status(port=server.port).following[0].problem)
+        (following,) = client.status(port=server.port).following
+        assert "bundle store" in following.problem
+        assert (following.version, following.wanted) == ("1", "2")
+        assert released.factor(server.url) == 2
+        # It is tried again, and taken in when the store is back with what it had.
+        own_moto.start()
         released.register(3, alias=False)
-        with serving(REFERENCE, **released.options()) as server:
-            own_moto.kill()
-            released.registry.alias("scaled", "champion", "2")
-            wait_for(lambda: client.status(port=server.port).following[0].problem)
-            (following,) = client.status(port=server.port).following
-            assert "bundle store" in following.problem
-            assert (following.version, following.wanted) == ("1", "2")
-            assert factor(server.url) == 2
-            # It is tried again, and taken in when the store is back with what it had.
-            own_moto.start()
-            released.register(3, alias=False)
-            wait_for(lambda: factor(server.url) == 3)
-            assert not client.status(port=server.port).following[0].problem
-    finally:
-        mlflow.close()
+        wait_for(lambda: released.factor(server.url) == 3)
+        assert not client.status(port=server.port).following[0].problem

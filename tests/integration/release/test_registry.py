@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -101,26 +100,20 @@ def test_a_second_opening_sees_what_the_first_has_written(mlflow_file: str, name
     assert open_registry(mlflow_file).version(name, "1").owner == "ana"
 
 
-@pytest.fixture
-def own_server(tmp_path: Path) -> Iterator[MlflowServer]:
-    """A server to break."""
-    server = MlflowServer(tmp_path / "server")
-    yield server
-    server.close()
-
-
-def test_a_killed_server_is_away_by_name_and_knows_everything_afterwards(own_server: MlflowServer) -> None:
-    registry = open_registry(own_server.url)
-    registry.register(wanted("eta", 1))
-    registry.alias("eta", "champion", "1")
-    own_server.kill()
+def test_a_killed_server_is_away_by_name_and_knows_everything_afterwards(
+    mlflow_server: MlflowServer, name: str
+) -> None:
+    registry = open_registry(mlflow_server.url)
+    registry.register(wanted(name, 1))
+    registry.alias(name, "champion", "1")
+    mlflow_server.kill()
     with pytest.raises(RegistryAway, match=r"127\.0\.0\.1.* does not answer"):
-        registry.version("eta", "champion")
+        registry.version(name, "champion")
     with pytest.raises(RegistryAway):
-        registry.register(wanted("eta", 2))
-    own_server.start()
-    assert registry.version("eta", "champion").version == "1"
-    assert registry.register(wanted("eta", 2)).version == "2"
+        registry.register(wanted(name, 2))
+    mlflow_server.start()
+    assert registry.version(name, "champion").version == "1"
+    assert registry.register(wanted(name, 2)).version == "2"
 
 
 def test_what_is_no_registry_is_said_at_once(tmp_path: Path) -> None:
