@@ -53,6 +53,8 @@
     |-- InputFileError            a file of rows cannot be read as the contract's inputs
     |-- SettingsError             flag, environment variable or configuration file
     |-- MissingExtra              an optional dependency is not installed; names the extra
+    |-- MissingProgram            a program of the system is not installed; names its package
+    |-- BuildFailed               an image could not be built, and none was left
     `-- ServerNotFound            no running server to talk to, or it refused
 
 A class has a stable ``code`` for machines; its message says what and which value, its ``hint`` what to
@@ -392,6 +394,18 @@ class MissingExtra(ParbakeError):
     def __init__(self, what: str, extra: str) -> None:
         super().__init__(f"{what} is not installed", hint=f"pip install 'parbake[{extra}]'")
         self.extra = extra
+
+
+class MissingProgram(ParbakeError):
+    """A program that does the work is not installed."""
+
+    code = "missing_program"
+
+
+class BuildFailed(ParbakeError):
+    """An image could not be built. What was begun is gone."""
+
+    code = "build_failed"
 
 
 class ServerNotFound(ParbakeError):

@@ -34,7 +34,7 @@ _MEANINGS: Final = {
     Exit.NOT_FOUND: "a file, bundle, table, model or key does not exist",
     Exit.UNAVAILABLE: "no server answered, or it cannot answer now: try again",
     Exit.DAMAGED: "a bundle, table or file is torn, altered or from a newer format",
-    Exit.NOT_INSTALLED: "an optional library is missing",
+    Exit.NOT_INSTALLED: "an optional library or program is missing",
     Exit.BUG: "an error that parbake did not expect",
     Exit.INTERRUPTED: "stopped by Ctrl-C",
 }
@@ -91,6 +91,8 @@ EXITS: Final[dict[type[errors.ParbakeError], Exit]] = {
     errors.InputFileError: Exit.USAGE,
     errors.SettingsError: Exit.USAGE,
     errors.MissingExtra: Exit.NOT_INSTALLED,
+    errors.MissingProgram: Exit.NOT_INSTALLED,
+    errors.BuildFailed: Exit.REFUSED,
     errors.ServerNotFound: Exit.UNAVAILABLE,
 }
 

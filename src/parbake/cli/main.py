@@ -41,6 +41,8 @@ COMMANDS: Final = {
     "advise": ("parbake.cli.advise", "Say which way of serving is right, and what each would cost."),
     "history": ("parbake.cli.history", "Show who released what when, and why."),
     "keys": ("parbake.cli.keys", "Make, list and remove the API keys of a server's clients."),
+    "image": ("parbake.cli.image", "Build OCI images with a bundle in them, list them, remove old ones."),
+    "k8s": ("parbake.cli.k8s", "Write the Kubernetes manifests of a deployment."),
     "completion": (
         "parbake.cli.completion",
         "Print the script that completes parbake's commands in a shell.",

@@ -29,7 +29,9 @@ STATUSES = {
     "table_foreign": 422, "table_too_new": 422, "pack_refused": 422, "parity_refused": 422, "not_convertible": 422,
     "lease_lost": 409, "state_away": 503, "state_error": 500, "state_torn": 500, "state_too_new": 500,
     "bundle_missing": 404, "registry_away": 503, "store_away": 503, "register_refused": 422,
-    "input_file": 422, "settings": 422, "missing_extra": 501, "server_not_found": 502,
+    "gate_refused": 409,
+    "input_file": 422, "settings": 422, "missing_extra": 501, "missing_program": 501,
+    "build_failed": 500, "server_not_found": 502,
 }  # fmt: skip
 
 

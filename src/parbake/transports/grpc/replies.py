@@ -31,6 +31,8 @@ STATUSES: Final[dict[type[ParbakeError], grpc.StatusCode]] = {
     errors.InputFileError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.SettingsError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.MissingExtra: grpc.StatusCode.UNIMPLEMENTED,
+    errors.MissingProgram: grpc.StatusCode.UNIMPLEMENTED,
+    errors.BuildFailed: grpc.StatusCode.INTERNAL,
     errors.ServerNotFound: grpc.StatusCode.UNAVAILABLE,
     errors.ParbakeError: grpc.StatusCode.INTERNAL,
 }

@@ -33,6 +33,8 @@ STATUSES: Final[dict[type[ParbakeError], int]] = {
     errors.InputFileError: 422,
     errors.SettingsError: 422,
     errors.MissingExtra: 501,
+    errors.MissingProgram: 501,
+    errors.BuildFailed: 500,
     errors.ServerNotFound: 502,
     errors.ParbakeError: 500,
 }
