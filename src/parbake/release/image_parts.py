@@ -62,7 +62,7 @@ def bootstrap(base: str, folder: Path, mirrors: Sequence[str] = ()) -> tuple[Bas
         with staging(folder) as made:
             target = made / "base.tar"
             command = [
-                "mmdebstrap", "--quiet", "--variant=essential", "--include=python3-minimal,python3", "--format=tar",
+                "mmdebstrap", "--quiet", "--variant=essential", "--include=python3,libstdc++6,libgomp1", "--format=tar",
                 "--dpkgopt=force-unsafe-io", *(f"--dpkgopt=path-exclude={path}" for path in _LEFT_OUT),
                 f"--customize-hook={_shell()}", suite, str(target), *mirrors,
             ]  # fmt: skip
