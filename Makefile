@@ -53,7 +53,8 @@ lock: $(VENV)/.dev ## Pin the newest versions that fit pyproject.toml
 	@$(PIP) install uv
 	@compile() { $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
 		--no-annotate --no-config --custom-compile-command 'make lock' pyproject.toml "$$@"; }; \
-	compile --group dev --extra sklearn --extra lightgbm --extra plots --extra signing --extra release --extra postgres -o requirements/dev.txt; \
+	compile --group dev --extra sklearn --extra lightgbm --extra plots --extra signing --extra release \
+		--extra postgres --extra mlflow --extra s3 --extra kubernetes -o requirements/dev.txt; \
 	compile -c requirements/dev.txt --group build --extra sklearn -o requirements/demo.txt; \
 	sed -n '/^ml-dtypes/d; s/^\([^# ].*\) \\$$/\1/p' requirements/dev.txt > $(VENV)/versions.txt; \
 	compile -c $(VENV)/versions.txt -o requirements/base.txt

@@ -1,6 +1,7 @@
-"""``python -m bench [http|head|advise|cold-start|many|size|bake|judge|race]... [--quick]``.
+"""``python -m bench [http|head|advise|cold-start|many|size|bake|judge|scale-out|race]... [--quick]``.
 
-Without a name everything but the race, which installs other servers and takes ten minutes.
+Without a name everything but the race, which installs other servers and takes ten minutes, and scale-out, which
+needs root, buildah and podman.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from bench import advise, bench_bake, cold_start, head, http, judge, many, race, size
+from bench import advise, bench_bake, cold_start, head, http, judge, many, race, scale_out, size
 from bench.clients import client
 from bench.report import ORDER, Section, keep, show
 from parbake.cli.output import emit, say, stages
 
 DOCS: Final = Path(__file__).parents[1] / "docs"
-EVERYTHING: Final = tuple(key for key in ORDER if key != "race")
+EVERYTHING: Final = tuple(key for key in ORDER if key not in ("race", "scale-out"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,7 +52,10 @@ def _options() -> argparse.ArgumentParser:
         prog="python -m bench", description="Measure speed and size on this machine."
     )
     parser.add_argument(
-        "what", nargs="*", choices=[*ORDER, []], help="what to measure  [default: everything but the race]"
+        "what",
+        nargs="*",
+        choices=[*ORDER, []],
+        help="what to measure  [default: everything but the race and scale-out]",
     )
     parser.add_argument(
         "--quick", action="store_true", help="see that it runs: far too short to tell anything"
@@ -112,6 +116,8 @@ def _measure(key: str, folder: Path, options: argparse.Namespace) -> Section:
             return many.run(folder, models=50 if quick else 1000, quick=quick, say=stage)
         if key == "judge":
             return judge.run(quick=quick, say=stage)
+        if key == "scale-out":
+            return scale_out.run(folder, starts=1 if quick else 5, quick=quick, say=stage)
         if key == "size":
             return size.run(folder, install=not quick, say=stage)
         return bench_bake.run(

@@ -11,7 +11,7 @@ from msgspec import Struct
 from bench.machine import Machine
 from parbake.cli.output import emit, emit_table, emit_title
 
-ORDER: Final = ("http", "race", "head", "advise", "cold-start", "many", "size", "bake", "judge")
+ORDER: Final = ("http", "race", "head", "advise", "cold-start", "many", "size", "bake", "judge", "scale-out")
 _PAGE: Final = "benchmarks.md"
 _FIGURES: Final = "benchmarks.json"
 

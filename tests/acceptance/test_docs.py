@@ -268,15 +268,6 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_the_manifest_gives_the_server_time_to_drain() -> None:
-    (block,) = [b for b in blocks(ROOT / "docs" / "how-to" / "kubernetes.md") if b.language == "yaml"]
-    pod = yaml.safe_load(block.text)["spec"]["template"]["spec"]
-    (container,) = pod["containers"]
-    pause_s = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
-    assert pod["terminationGracePeriodSeconds"] > pause_s + Settings().server.drain_timeout_s + 5
-    assert container["ports"][0]["containerPort"] == Settings().server.port
-
-
 def test_every_page_is_reached_from_the_index() -> None:
     reached: set[Path] = set()
     waiting = [ROOT / "docs" / "index.md"]

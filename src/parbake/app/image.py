@@ -158,9 +158,7 @@ def images(state: Path) -> list[Image]:
     return found
 
 
-def prune(
-    state: Path, *, keep: int = 2, referenced: Collection[str] = (), dry_run: bool = False
-) -> Pruned:
+def prune(state: Path, *, keep: int = 2, referenced: Collection[str] = (), dry_run: bool = False) -> Pruned:
     """Remove images but the ``keep`` newest of each name, those that are ``referenced`` (tag or id) or run.
 
     What builds keep to be faster goes as well, unless an image that stays is made of it.
@@ -168,7 +166,9 @@ def prune(
     folder = state / IMAGES
     with parts.alone(folder):
         there = images(state)
-        tools = {one.tool: tool(one.tool) for one in there} or {program.name: program for program in (tool(),)}
+        tools = {one.tool: tool(one.tool) for one in there} or {
+            program.name: program for program in (tool(),)
+        }
         before = {name: program.stored_bytes() for name, program in tools.items()}
         removed: list[Image] = []
         kept: list[tuple[Image, str]] = []

@@ -48,7 +48,11 @@ def command() -> None:
     "[default: debootstrap:bookworm]",
 )
 @click.option(
-    "--mirror", "mirrors", multiple=True, metavar="URL", help="Where Debian's packages come from.  [repeatable]"
+    "--mirror",
+    "mirrors",
+    multiple=True,
+    metavar="URL",
+    help="Where Debian's packages come from.  [repeatable]",
 )
 @click.option(
     "--builder",
@@ -79,13 +83,22 @@ def build(
 
     with stages("building", wanted=show_progress) as stage:
         made = image.build(
-            ref, state_dir, tag=tag, base=base, mirrors=mirrors, builder=builder or "", cache=cache, stage=stage
+            ref,
+            state_dir,
+            tag=tag,
+            base=base,
+            mirrors=mirrors,
+            builder=builder or "",
+            cache=cache,
+            stage=stage,
         )
     if as_json:
         emit_json(made)
         return
     emit(made.tag)
-    say(f"{made.id[:19]}... is {size(made.bytes)} in {len(made.layers)} layers, of bundle {made.bundle_digest[:19]}...")
+    say(
+        f"{made.id[:19]}... is {size(made.bytes)} in {len(made.layers)} layers, of bundle {made.bundle_digest[:19]}..."
+    )
 
 
 @command.command("list", cls=Command, short_help="Show the images that were built here.")
@@ -110,8 +123,20 @@ def show(state_dir: Path, as_json: bool) -> None:
 
 
 @command.command(cls=Command, short_help="Remove images that nobody needs.")
-@click.option("--keep", type=click.IntRange(0), default=2, metavar="N", help="Newest of each name that stay.  [default: 2]")
-@click.option("--reference", "referenced", multiple=True, metavar="IMAGE", help="Image that stays, by tag or id.  [repeatable]")
+@click.option(
+    "--keep",
+    type=click.IntRange(0),
+    default=2,
+    metavar="N",
+    help="Newest of each name that stay.  [default: 2]",
+)
+@click.option(
+    "--reference",
+    "referenced",
+    multiple=True,
+    metavar="IMAGE",
+    help="Image that stays, by tag or id.  [repeatable]",
+)
 @click.option("--dry-run", is_flag=True, help="Only say what would go.")
 @state_option
 @json_option
@@ -128,4 +153,8 @@ def prune(keep: int, referenced: tuple[str, ...], dry_run: bool, state_dir: Path
     for one in done.removed:
         emit(f"{'would remove' if dry_run else 'removed'} {one.tag}")
     if not dry_run:
-        say("freed as much as nobody else uses" if done.freed_bytes is None else f"freed {size(done.freed_bytes)}")
+        say(
+            "freed as much as nobody else uses"
+            if done.freed_bytes is None
+            else f"freed {size(done.freed_bytes)}"
+        )

@@ -10,7 +10,9 @@ from parbake.cli.output import emit, emit_json, say, stages
 
 @click.command(cls=Command, short_help="Write the Kubernetes manifests of a deployment.")
 @click.argument("ref", metavar="BUNDLE|NAME@VERSION")
-@click.option("--image", default="", metavar="IMAGE", help="Image of the pods.  [default: as image build names it]")
+@click.option(
+    "--image", default="", metavar="IMAGE", help="Image of the pods.  [default: as image build names it]"
+)
 @click.option(
     "--model-load",
     default="",
@@ -19,8 +21,12 @@ from parbake.cli.output import emit, emit_json, say, stages
 )
 @click.option("--kserve", is_flag=True, help="An InferenceService of KServe instead of a Deployment.")
 @click.option("--replicas", type=click.IntRange(1), default=2, metavar="N", help="Fewest pods.  [default: 2]")
-@click.option("--most-replicas", type=click.IntRange(1), default=10, metavar="N", help="Most pods.  [default: 10]")
-@click.option("--cpus", type=click.IntRange(1), default=1, metavar="N", help="CPUs that a pod asks for.  [default: 1]")
+@click.option(
+    "--most-replicas", type=click.IntRange(1), default=10, metavar="N", help="Most pods.  [default: 10]"
+)
+@click.option(
+    "--cpus", type=click.IntRange(1), default=1, metavar="N", help="CPUs that a pod asks for.  [default: 1]"
+)
 @click.option(
     "--drain-timeout-s",
     type=click.FloatRange(0),
@@ -28,7 +34,9 @@ from parbake.cli.output import emit, emit_json, say, stages
     metavar="SECONDS",
     help="Time given to accepted requests when a pod stops.  [default: 30]",
 )
-@click.option("--namespace", default="", metavar="NAME", help="Namespace of everything.  [default: kubectl's]")
+@click.option(
+    "--namespace", default="", metavar="NAME", help="Namespace of everything.  [default: kubectl's]"
+)
 @pickle_option
 @progress_option
 @json_option

@@ -119,9 +119,7 @@ def wanted(locked: Iterable[Pin], environment: Environment, base: Base) -> Wante
     """
     from packaging.markers import Marker
 
-    ours = {
-        pin.name: pin for pin in locked if not pin.marker or Marker(pin.marker).evaluate(base.markers)
-    }
+    ours = {pin.name: pin for pin in locked if not pin.marker or Marker(pin.marker).evaluate(base.markers)}
     same_python = environment.python.split(".")[:2] == base.python.split(".")
     if environment.required and not same_python:
         raise EnvironmentDiffers(
@@ -187,7 +185,7 @@ def containerfile(base: Base, described: Mapping[str, str]) -> str:
         "FROM base",
         *(f"COPY --from={part} {base.site}/ {base.site}/" for part in ("libraries", "server")),
         "COPY command/ /usr/local/bin/",
-        "ENV PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 PARBAKE_HOST=0.0.0.0 PARBAKE_LOG_FORMAT=json",
+        "ENV HOME=/tmp PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 PARBAKE_HOST=0.0.0.0 PARBAKE_LOG_FORMAT=json",
         f'ENTRYPOINT ["parbake", "serve", "{BUNDLE_AT}"]',
         f"USER {USER}:{USER}",
         "LABEL " + " ".join(f"{name}={_quoted(value)}" for name, value in sorted(described.items())),

@@ -96,7 +96,9 @@ def _facts(tar: Path) -> Base:
         python = (link.linkname if link is not None else "").removeprefix("python")
         status = archive.extractfile(names["var/lib/dpkg/status"])
         text = status.read().decode() if status is not None else ""
-    found = re.search(r"^Package: libc6\n(?:.+\n)*?Architecture: (\S+)\n(?:.+\n)*?Version: (\d+\.\d+)", text, re.M)
+    found = re.search(
+        r"^Package: libc6\n(?:.+\n)*?Architecture: (\S+)\n(?:.+\n)*?Version: (\d+\.\d+)", text, re.M
+    )
     if not python or found is None:
         raise BuildFailed(f"{tar} has no Python or no C library", hint=f"remove {tar}, and it is made again")
     machine = {"amd64": "x86_64", "arm64": "aarch64"}.get(found[1], found[1])
@@ -142,7 +144,9 @@ def locked(wanted: Wanted, base: Base) -> tuple[Pin, ...]:
 def libraries(pinned: Sequence[Pin], base: Base, folder: Path) -> Path:
     """The libraries, as the base's Python finds them, installed once for the same pins. Raises `BuildFailed`."""
     lines = "".join(f"{pin.line}\n" for pin in sorted(pinned, key=lambda pin: pin.name))
-    key = hashlib.sha256(msgspec.json.encode([lines, base.python, base.machine, base.glibc, 1])).hexdigest()[:16]
+    key = hashlib.sha256(msgspec.json.encode([lines, base.python, base.machine, base.glibc, 1])).hexdigest()[
+        :16
+    ]
     kept = folder / f"libraries-{key}"
     if not kept.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
@@ -215,7 +219,9 @@ def command(target: Path) -> None:
     """Write the command as it lies on the path of the image."""
     target.mkdir()
     script = target / "parbake"
-    script.write_text("#!/usr/bin/env python3\nimport sys\n\nfrom parbake.cli.main import main\n\nsys.exit(main())\n")
+    script.write_text(
+        "#!/usr/bin/env python3\nimport sys\n\nfrom parbake.cli.main import main\n\nsys.exit(main())\n"
+    )
     settle(target, executable=("parbake",))
 
 

@@ -57,7 +57,11 @@ class Tool:
         if self.name == "buildah":
             raw = execute([self.name, "inspect", "--type", "image", image], {})
             found = msgspec.json.decode(raw)
-            image_id, config, layers = found["FromImageID"], found["OCIv1"]["config"], found["OCIv1"]["rootfs"]
+            image_id, config, layers = (
+                found["FromImageID"],
+                found["OCIv1"]["config"],
+                found["OCIv1"]["rootfs"],
+            )
             listed = msgspec.json.decode(execute([self.name, "images", "--json", image], {}))
             size = _bytes(listed[0]["size"])
             return Built(_named(image_id), tuple(layers["diff_ids"]), size, config.get("Labels") or {})
@@ -100,7 +104,8 @@ class Tool:
         index = Path(root) / f"{driver}-layers" / "layers.json"
         if not index.is_file():
             return 0
-        return sum(layer.get("diff-size", 0) for layer in msgspec.json.decode(index.read_bytes()))
+        sizes: list[int] = [layer.get("diff-size", 0) for layer in msgspec.json.decode(index.read_bytes())]
+        return sum(sizes)
 
     def leftovers(self) -> int:
         """Remove the working containers of builds that were killed; gives how many there were."""
@@ -117,14 +122,18 @@ class Tool:
         if self.name == "buildah":
             container = execute(["buildah", "from", "--name", _PROBE, "--pull", image], {}).strip()
             try:
-                said = execute(["buildah", "run", "--isolation", "chroot", container, "python3", "-c", _ASKED], {})
+                said = execute(
+                    ["buildah", "run", "--isolation", "chroot", container, "python3", "-c", _ASKED], {}
+                )
             finally:
                 execute(["buildah", "rm", container], {})
         else:
             said = execute([self.name, "run", "--rm", "--entrypoint", "python3", image, "-c", _ASKED], {})
         python, machine, glibc, site = msgspec.json.decode(said, type=tuple[str, str, str, str])
         if not glibc:
-            raise BuildFailed(f"{image} has no glibc, which wheels need", hint="take a base of Debian or the like")
+            raise BuildFailed(
+                f"{image} has no glibc, which wheels need", hint="take a base of Debian or the like"
+            )
         return Base(python, machine, glibc, site, f"FROM {image} FROM_AS")
 
 

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+import msgspec
+
 from parbake.errors import MissingExtra, SettingsError
 from parbake.release.image import USER
 
@@ -87,10 +89,13 @@ def manifests(pods: Pods, measured: Measured, *, kserve: bool = False) -> tuple[
 def yaml(found: Sequence[Manifest]) -> str:
     """The manifests as one YAML file. Raises `MissingExtra`."""
     try:
-        from yaml import safe_dump
+        from yaml import safe_dump  # type: ignore[import-untyped]  # its types are a package of their own
     except ImportError as error:
         raise MissingExtra("pyyaml", "kubernetes") from error
-    return "---\n".join(safe_dump(one, sort_keys=False, width=120, allow_unicode=True) for one in found)
+    # A value that stands twice would be written once, with a reference to it.
+    return "---\n".join(
+        safe_dump(msgspec.to_builtins(one), sort_keys=False, width=120, allow_unicode=True) for one in found
+    )
 
 
 def object_name(name: str) -> str:
@@ -98,7 +103,8 @@ def object_name(name: str) -> str:
     made = re.sub(r"[._]", "-", name.lower())
     if not _NAME.match(made):
         raise SettingsError(
-            f"Kubernetes takes no {made!r} as a name", hint="letters, digits and dashes, a letter first, at most 52"
+            f"Kubernetes takes no {made!r} as a name",
+            hint="letters, digits and dashes, a letter first, at most 52",
         )
     return made
 
