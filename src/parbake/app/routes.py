@@ -368,13 +368,12 @@ def default_watch(watch: Watch, bundle: StoredBundle) -> Watch:
     """A watch with bins, by what the champion's goldens are. Raises `InvalidInput`."""
     if watch.bins is not None:
         return watch
-    position, spec = watched(bundle.contract, watch.output)
-    del position
+    _, spec = watched(bundle.contract, watch.output)
     values = bundle.goldens().outputs[spec.name]
-    flat = values.reshape(len(values), -1)
-    column = (
-        as_text(flat[:, :1])
-        if spec.datatype == "BYTES"
-        else flat[:, min(watch.place, flat.shape[1] - 1) :][:, :1]
-    )
-    return msgspec.structs.replace(watch, bins=default_bins(spec, column.reshape(-1).tolist()))
+    known: list[float | str] = []
+    if values.size:
+        flat = values.reshape(len(values), -1)
+        place = 0 if spec.datatype == "BYTES" else min(watch.place, flat.shape[1] - 1)
+        column = flat[:, place]
+        known = (as_text(column) if spec.datatype == "BYTES" else column).tolist()
+    return msgspec.structs.replace(watch, bins=default_bins(spec, known))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -17,6 +18,7 @@ from parbake.app.routes import (
     RouteChange,
     RouteCounts,
     add_counts,
+    default_watch,
     rebalanced,
     rule_of,
     shadow_of,
@@ -24,10 +26,11 @@ from parbake.app.routes import (
 )
 from parbake.contract.model import Contract, TensorSpec
 from parbake.errors import Conflict, InvalidInput, SettingsError
-from parbake.runtime.observation import Observation
+from parbake.runtime.observation import Bins, Observation
 from parbake.serving.observer import Foretold
 from parbake.serving.route import Arm, Loss, Route, Rule, Shadow, Watch
 from parbake.serving.shadow import ShadowCounts
+from tests.functions import write_function, write_scaled
 
 CONTRACT = Contract("eta", (TensorSpec("x", "FP32", (1,)),), (TensorSpec("y", "FP32", (1,)),), (), "p", "o")
 SERVED = {"1": CONTRACT, "2": CONTRACT}
@@ -119,6 +122,17 @@ def test_what_is_watched_has_begun_when_it_was_last_changed() -> None:
         now = book.get("eta")
         assert now is not None
         assert now.since == since
+
+
+def test_bins_come_from_the_champions_goldens_and_need_none(tmp_path: Path) -> None:
+    bundle = write_scaled(tmp_path / "scaled.bundle", 2)
+    assert default_watch(Watch(place=1), bundle).bins == Bins.of_numbers([4.0, 9.0])
+    given = Watch(bins=Bins((1.0,)))
+    assert default_watch(given, bundle) == given
+    bare = write_function(tmp_path, "def predict(x):\n    return x\n")
+    assert default_watch(Watch(), bare).bins == Bins()
+    with pytest.raises(InvalidInput, match="no output 'z'"):
+        default_watch(Watch(output="z"), bundle)
 
 
 def observed(count: int, since: int = 1, version: str = "1") -> Observed:
