@@ -63,7 +63,7 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument(
         "--client", choices=["auto", "wrk", "own"], default="auto", help="what puts the load on"
     )
-    parser.add_argument("--rounds", type=int, help="rounds over HTTP  [default: 5; of the race: 3]")
+    parser.add_argument("--rounds", type=int, help="rounds over HTTP, or of starts  [default: 5; of the race: 3]")
     parser.add_argument(
         "--seconds", type=float, default=1.0, help="of one measurement over HTTP  [default: 1]"
     )
@@ -117,7 +117,7 @@ def _measure(key: str, folder: Path, options: argparse.Namespace) -> Section:
         if key == "judge":
             return judge.run(quick=quick, say=stage)
         if key == "scale-out":
-            return scale_out.run(folder, starts=1 if quick else 5, quick=quick, say=stage)
+            return scale_out.run(folder, starts=1 if quick else options.rounds or 5, quick=quick, say=stage)
         if key == "size":
             return size.run(folder, install=not quick, say=stage)
         return bench_bake.run(
