@@ -234,8 +234,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(place: Workplace, one: dict[str,
 def test_prune_keeps_the_newest_what_is_referenced_and_what_runs(
     place: Workplace, two: dict[str, Any]
 ) -> None:
-    tags = [f"doubler:{number}" for number in (3, 4, 5)]
-    for tag in tags:
+    for tag in ("doubler:3", "doubler:4"):
         place.build("two.bundle", "--tag", tag)
     place.build("one.bundle", "--tag", "doubler:6")
     place.tool("podman", "create", "--name", "holds", *LIMITS, "localhost/doubler:1")
@@ -243,7 +242,7 @@ def test_prune_keeps_the_newest_what_is_referenced_and_what_runs(
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     removed = {image["tag"] for image in found["removed"]}
-    assert {"doubler:4", "doubler:5"} <= removed
+    assert "doubler:4" in removed
     kept = {image["tag"]: reason for image, reason in found["kept"]}
     assert kept["doubler:6"] == "one of the 1 newest of doubler"
     assert kept["doubler:3"] == "referenced"

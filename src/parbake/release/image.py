@@ -176,7 +176,6 @@ def containerfile(base: Base, described: Mapping[str, str]) -> str:
     for part in ("libraries", "server"):
         lines += [
             f"FROM base AS {part}",
-            f"LABEL {MARK}=1",
             f"COPY {part}/ {base.site}/",
             # Some libraries ship files for other Pythons, which this one cannot read.
             f"RUN {compiled} || true",

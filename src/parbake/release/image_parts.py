@@ -26,6 +26,8 @@ from parbake.release.image import EPOCH, Base, Pin, Wanted, canonical
 BOOTSTRAP: Final = "debootstrap:"
 _SUITE: Final = re.compile(r"^[a-z][a-z0-9-]{1,30}$")
 _REQUIREMENTS: Final = "requirements.txt"
+_PACKAGES: Final = ("python3", "libstdc++6", "libgomp1")
+"""Python, and what wheels expect of a system."""
 _LEFT_OUT: Final = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*")
 _TESTS: Final = ("tests", "test")
 _HEADERS: Final = (".pyi", ".pxd", ".pyx", ".pxi", ".h", ".hpp", ".c", ".cpp", ".cc", ".a", ".pyc")
@@ -53,7 +55,9 @@ def bootstrap(base: str, folder: Path, mirrors: Sequence[str] = ()) -> tuple[Bas
     suite = base.removeprefix(BOOTSTRAP)
     if not _SUITE.match(suite):
         raise SettingsError(f"{suite[:50]!r} is no suite of Debian", hint=f"--base {BOOTSTRAP}bookworm")
-    key = hashlib.sha256(msgspec.json.encode([suite, mirrors, _LEFT_OUT, _shell()])).hexdigest()[:16]
+    key = hashlib.sha256(msgspec.json.encode([suite, mirrors, _PACKAGES, _LEFT_OUT, _shell()])).hexdigest()[
+        :16
+    ]
     kept = folder / f"{suite}-{key}.tar"
     if not kept.exists():
         if shutil.which("mmdebstrap") is None:
@@ -62,7 +66,7 @@ def bootstrap(base: str, folder: Path, mirrors: Sequence[str] = ()) -> tuple[Bas
         with staging(folder) as made:
             target = made / "base.tar"
             command = [
-                "mmdebstrap", "--quiet", "--variant=essential", "--include=python3,libstdc++6,libgomp1", "--format=tar",
+                "mmdebstrap", "--quiet", "--variant=essential", f"--include={','.join(_PACKAGES)}", "--format=tar",
                 "--dpkgopt=force-unsafe-io", *(f"--dpkgopt=path-exclude={path}" for path in _LEFT_OUT),
                 f"--customize-hook={_shell()}", suite, str(target), *mirrors,
             ]  # fmt: skip
