@@ -63,7 +63,9 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument(
         "--client", choices=["auto", "wrk", "own"], default="auto", help="what puts the load on"
     )
-    parser.add_argument("--rounds", type=int, help="rounds over HTTP, or of starts  [default: 5; of the race: 3]")
+    parser.add_argument(
+        "--rounds", type=int, help="rounds over HTTP, or of starts  [default: 5; of the race: 3]"
+    )
     parser.add_argument(
         "--seconds", type=float, default=1.0, help="of one measurement over HTTP  [default: 1]"
     )

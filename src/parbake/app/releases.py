@@ -32,6 +32,7 @@ from parbake.release.judge import Decision, Judge, Margins, Verdict
 from parbake.release.model import Kind, Proposal, Release, VerdictRecord
 from parbake.runtime.observation import Observation, empty
 from parbake.serving.route import Arm, Route, Shadow, Watch
+from parbake.settings import REGISTERED
 
 if TYPE_CHECKING:
     from parbake.release.model import Lease
@@ -53,7 +54,7 @@ class Wanted(Struct, frozen=True, forbid_unknown_fields=True):
 
     version: str
     bundle: str
-    """Path of the bundle, as the server sees it."""
+    """Path of the bundle, as the server sees it, or ``models:/NAME@VERSION``: what the registry says."""
     table: str = ""
     kind: Kind = "plain"
     steps: tuple[float, ...] = (1.0,)
@@ -182,6 +183,10 @@ class Releases:
         already, `ModelNotFound`, and what loading the bundle raises; then nothing has changed for callers.
         """
         began = time.perf_counter()
+        source = wanted.bundle
+        if wanted.bundle.startswith(REGISTERED):
+            taken = await self._supervisor.fetched(wanted.bundle)
+            wanted = msgspec.structs.replace(wanted, bundle=taken.path, version=taken.version)
         async with self._lock:
             supervisor = self._supervisor
             champion = supervisor.default_entry(name)
@@ -192,13 +197,18 @@ class Releases:
                 )
             if name in self._trials:
                 raise _under_way(self._trials[name].release)
+            if (alias := supervisor.followed(name)) and not alias.rpartition("@")[2].isdigit():
+                raise Conflict(
+                    f"{name!r} follows {alias}: whoever moves the alias releases it",
+                    hint=f"parbake alias moves it; or serve models:/{name}@NUMBER, and deploy from there",
+                )
             report = await self._through_the_gate(name, champion.bundle, wanted)
             await self._own(name)
             proposal = Proposal(
                 name,
                 wanted.version,
                 report.digest,
-                source=str(Path(wanted.bundle).resolve()),
+                source=source if source.startswith(REGISTERED) else str(Path(wanted.bundle).resolve()),
                 table=str(Path(wanted.table).resolve()) if wanted.table else "",
                 kind=wanted.kind,
                 steps=wanted.steps,
@@ -461,7 +471,13 @@ class Releases:
         proposal = release.proposal
         waivers = await self._ask(lambda state: state.waivers(proposal.deployment, proposal.version))
         waived = tuple(dict.fromkeys(waiver.check for waiver in waivers))
-        return Arranged(proposal.version, proposal.source, proposal.table, waived)
+        bundle = proposal.source
+        if bundle.startswith(REGISTERED):
+            # By its number: an alias may mean something else by now.
+            bundle = (
+                await self._supervisor.fetched(f"{REGISTERED}{proposal.deployment}@{proposal.version}")
+            ).path
+        return Arranged(proposal.version, bundle, proposal.table, waived)
 
     async def _with(self, name: str, release: Release, *, keep: str) -> tuple[Arranged, ...]:
         """A version and the one to keep: who answers comes last."""

@@ -481,6 +481,8 @@ class Supervisor:
                         table=item.table,
                         version=item.version,
                         waived=item.waived,
+                        reference="",
+                        registered="",
                     )
                 )
             # A name given in the settings would follow the bundle; a version has to stay what it is called.
@@ -506,6 +508,14 @@ class Supervisor:
     def pool(self) -> RunnerPool:
         """The processes of models."""
         return self._pool
+
+    async def fetched(self, reference: str) -> Taken:
+        """A version of the registry, with its bundle at hand. Raises what asking for it raises."""
+        return await self._follower.find(reference)
+
+    def followed(self, name: str) -> str:
+        """The reference that a deployment follows, or ""."""
+        return next((target.reference for target in self._targets if target.name == name), "")
 
     def default_entry(self, name: str) -> PlanEntry:
         """The version of a deployment for who names none. Raises `ModelNotFound`."""

@@ -14,6 +14,7 @@ from parbake.cli.output import emit_json, say
 from parbake.cli.release import show
 from parbake.errors import SettingsError
 from parbake.serving.route import Loss
+from parbake.settings import REGISTERED
 
 if TYPE_CHECKING:
     from parbake.app.releases import ReleaseStatus
@@ -26,7 +27,7 @@ _CANARY = "1%,5%,25%,100%"
 
 @click.command(cls=Command, short_help="Release a version: gate, canary or shadow, judge.")
 @click.argument("version", metavar="NAME@VERSION")
-@click.argument("bundle", type=BUNDLE)
+@click.argument("bundle", type=BUNDLE, required=False)
 @click.option(
     "--canary",
     default="",
@@ -81,7 +82,7 @@ _CANARY = "1%,5%,25%,100%"
 def command(
     ctx: click.Context,
     version: str,
-    bundle: Path,
+    bundle: Path | None,
     canary: str,
     ab: str,
     every: str,
@@ -105,7 +106,8 @@ def command(
 ) -> None:
     """Release a version of a deployment on a running server, without a failed request.
 
-    The gate comes first. Then the version is loaded beside the one that answers, and gets its share of the keys;
+    Without BUNDLE it is the version, or alias, of the registry. The gate comes first. Then the version is loaded
+    beside the one that answers, and gets its share of the keys;
     the judge compares the two, promotes it step by step, or rolls it back. Without --canary, --shadow, --ab and
     --bandit it gets all of the traffic at once. parbake release shows how it stands, parbake rollback ends it.
     """
@@ -124,7 +126,7 @@ def command(
     try:
         wanted = Wanted(
             number,
-            str(bundle.resolve()),
+            str(bundle.resolve()) if bundle is not None else f"{REGISTERED}{name}@{number}",
             str(table.resolve()) if table is not None else "",
             kind,
             steps,
