@@ -38,7 +38,7 @@ from parbake.app.control import (
 )
 from parbake.app.plan import Placed, Plan, PlanEntry
 from parbake.app.routes import FrontRoutes
-from parbake.app.wiring import hold_table, monitor_of, open_table, table_facts
+from parbake.app.wiring import front_count, hold_table, monitor_of, open_table, table_facts
 from parbake.contract.bundle import StoredBundle, read_bundle
 from parbake.contract.record import Records
 from parbake.errors import (
@@ -195,6 +195,7 @@ class Front:
     def configure(self, settings: ServerSettings, number: int) -> None:
         """Take the settings in that concern the front as a whole. Raises `SettingsError`."""
         self._monitor = monitor_of(settings, number)
+        self.routes.turn = number, front_count(settings)
         # Once, before there is any model: what is frozen with an old version in it would never be given back, and
         # looking at all libraries again holds up every caller for tens of milliseconds.
         settle_memory()

@@ -59,6 +59,8 @@ class FrontRoutes:
         self.routed: dict[str, Routed] = {}
         """Deployments under a route, by name. Always the same dict."""
         self._told: dict[str, Told] = {}
+        self.turn = (0, 1)
+        """Number of this front, and how many there are."""
         self._loop = loop
         self._shadows = Shadows(loop)
 
@@ -124,7 +126,7 @@ class FrontRoutes:
         if not versions:
             # Unloaded: the route waits for it.
             return
-        told = self._told.setdefault(name, Told())
+        told = self._told.setdefault(name, Told(turn=self.turn))
         try:
             self.routed[name] = Routed(self._routes[name], versions, told, self._shadows, self._loop)
         except ParbakeError as error:

@@ -69,7 +69,7 @@ from parbake.app.routes import (
     rebalanced,
 )
 from parbake.app.routes import add_counts as add_route_counts
-from parbake.app.wiring import TableFacts, open_table, table_facts
+from parbake.app.wiring import TableFacts, front_count, open_table, table_facts
 from parbake.contract.bundle import StoredBundle, read_bundle
 from parbake.contract.model import Contract, TensorSpec
 from parbake.contract.signatures import PublicKey, check_signed, read_trusted
@@ -313,7 +313,7 @@ class Supervisor:
             )
         if any(t.settings.placement == "process" or t.settings.load == "on-demand" for t in self._targets):
             self._pool.keep_spare()
-        workers = self.settings.server.workers or max(1, cpu.quota() // 2)
+        workers = front_count(self.settings.server)
         # A reload that is asked for now waits until there is something to reload.
         async with self._lock:
             resolving = asyncio.create_task(self._first_resolved())

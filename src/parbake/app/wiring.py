@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from parbake.errors import ParbakeError, SettingsError
 from parbake.monitoring.model import LogOptions
 from parbake.monitoring.service import Monitor
+from parbake.runtime.cpu import quota
 from parbake.serving.ports import PredictionTable
 from parbake.settings import ServerSettings
 from parbake.tables import lmdb
@@ -90,3 +91,8 @@ def monitor_of(settings: ServerSettings, front: int) -> Monitor | None:
     if prediction_log is None and not settings.traffic_profile:
         return None
     return Monitor(prediction_log, profiles=settings.traffic_profile)
+
+
+def front_count(settings: ServerSettings) -> int:
+    """How many front processes a server has."""
+    return settings.workers or max(1, quota() // 2)

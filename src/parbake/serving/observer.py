@@ -10,6 +10,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from time import time
 from typing import Final
+from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,7 @@ from parbake.contract.model import TensorSpec
 from parbake.contract.tensors import Shape, split_bytes
 from parbake.runtime.observation import LATENCY_EDGES_MS, MOST_BINS, Bins, Observation
 from parbake.serving.model import Answer
-from parbake.serving.route import Column, Watch, watched, words
+from parbake.serving.route import Column, Watch, first_row, watched, words
 from parbake.serving.service import ServedVersion
 
 FOLD_AT: Final = 256
@@ -28,6 +29,8 @@ FOLD_AT: Final = 256
 _FOLD_ROWS: Final = 16 * 1024
 _MOST_SEGMENTS: Final = 32
 LONGEST_ID: Final = 200
+_MOST_KEYS: Final = 200_000
+"""Keys that are known to have been counted; then all are forgotten."""
 _MOST_WAITING: Final = 20_000
 """Predictions that wait to be told on."""
 
@@ -52,11 +55,23 @@ class Foretold(Struct, frozen=True, array_like=True):
 class Observer:
     """Observes one version under one `Watch`.
 
+    ``turn`` is the number of this front and how many there are: each counts its part of the keys.
     Raises `InvalidInput` or `SettingsError` where the version has no such output or column.
     """
 
-    def __init__(self, served: ServedVersion, watch: Watch, bins: Bins, *, shadow: bool = False) -> None:
+    def __init__(
+        self,
+        served: ServedVersion,
+        watch: Watch,
+        bins: Bins,
+        *,
+        shadow: bool = False,
+        turn: tuple[int, int] = (0, 1),
+    ) -> None:
         self._served = served
+        self._turn = turn
+        self._seen: set[int] = set()
+        """Hashes of the keys whose answers were counted."""
         self._shadow = shadow
         self._watch = watch
         self._bins = bins
@@ -114,20 +129,28 @@ class Observer:
         if not noted:
             return
         self._requests += len(noted)
-        milliseconds = np.array([item[0] for item in noted]) * 1e3
+        # Versions get keys by lot, and each key with all its requests: what repeats says nothing new of the version,
+        # and a key that many ask for would make any two versions look different.
+        new = [self._is_new(item) for item in noted]
+        milliseconds = np.array([item[0] for item, first in zip(noted, new, strict=True) if first]) * 1e3
         self._latency += np.bincount(
             np.searchsorted(LATENCY_EDGES_MS, milliseconds, side="left"), minlength=len(self._latency)
         )
         values: list[float | str] = []
         segments: list[str] = []
-        for _, rows, raws, shapes, answer, request_id in noted:
+        for (_, rows, raws, shapes, answer, request_id), first in zip(noted, new, strict=True):
+            if not first and not self._watch.loss:
+                continue
             mine = self._values(answer, rows)
             theirs = self._segments_of(raws, rows if self._watch.loss else 1)
             # Of the rows of a request one is counted: those that came together are not independent.
-            values.append(mine[0])
-            segments.append(theirs[0])
+            if first:
+                values.append(mine[0])
+                segments.append(theirs[0])
             if self._watch.loss:
                 self._foretell(mine, theirs, raws, rows, shapes, request_id)
+        if not values:
+            return
         places = places_of(self._bins, values)
         self._outputs[""] += np.bincount(places, minlength=self._bins.count)
         for segment in dict.fromkeys(segments):
@@ -138,6 +161,21 @@ class Observer:
                 counts = self._outputs[segment] = np.zeros_like(self._outputs[""])
             inside = np.array([other == segment for other in segments])
             counts += np.bincount(places[inside], minlength=self._bins.count)
+
+    def _is_new(self, noted: tuple[float, int, Sequence[bytes], Sequence[Shape], Answer, str]) -> bool:
+        """Whether the key of the first row has not been here before, and is this front's to count."""
+        _, rows, raws, shapes, _, _ = noted
+        key = self._served.first_key(first_row(self._served.contract, raws, rows, shapes), tuple(shapes))
+        number, fronts = self._turn
+        if fronts > 1 and crc32(key) % fronts != number:
+            return False
+        mark = hash(key)
+        if mark in self._seen:
+            return False
+        if len(self._seen) >= _MOST_KEYS:
+            self._seen.clear()
+        self._seen.add(mark)
+        return True
 
     def _values(self, answer: Answer, rows: int) -> list[float | str]:
         """The watched value of each row: a number, or a class in words."""

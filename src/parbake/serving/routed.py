@@ -40,6 +40,8 @@ class Told:
     shadows: dict[str, ShadowCounts] = field(default_factory=dict)
     observers: dict[tuple[str, Role], Observer] = field(default_factory=dict)
     """By version and role: those who answer and those who shadow are asked different things."""
+    turn: tuple[int, int] = (0, 1)
+    """Number of this front, and how many there are."""
     watch: Watch | None = None
     since: int = 0
     """Revision of the route at which it began to be watched like this."""
@@ -157,7 +159,7 @@ class Routed:
         found = told.observers.get((served.version, role))
         if found is None:
             found = told.observers[served.version, role] = Observer(
-                served, watch, watch.bins, shadow=role == "shadow"
+                served, watch, watch.bins, shadow=role == "shadow", turn=told.turn
             )
         return found
 
