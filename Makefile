@@ -10,13 +10,16 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 ARGS ?=
 
-.PHONY: help demo test lint format bench race chaos fuzz docs lock clean
+.PHONY: help demo demo-release test lint format bench race chaos fuzz docs lock clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo ## Train, pack, bake and serve a real model, and measure it (ARGS=--once ends by itself)
 	@$(BIN)/python -m demo $(ARGS)
+
+demo-release: $(VENV)/.dev ## Release a bad version and a good one under traffic, and watch what the judge does
+	@$(BIN)/python -m demo.release $(ARGS)
 
 test: $(VENV)/.dev ## Run all tests (ARGS="-k words" for some)
 	@$(BIN)/python -m pytest $(if $(ARGS),,-n auto --dist loadgroup) $(ARGS)
@@ -80,6 +83,8 @@ $(VENV)/.python:
 
 $(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: requirements/%.txt pyproject.toml | $(VENV)/.python
 	@echo 'installing what requirements/$*.txt pins (once)' >&2
-	@$(PIP) install --require-hashes -r $<
+	@if [ -x $(BIN)/uv ]; then \
+		$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode --require-hashes -r $<; \
+	else $(PIP) install --require-hashes -r $<; fi
 	@$(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@

@@ -120,7 +120,7 @@ def test_completion_completes_commands_and_options(parbake: Parbake) -> None:
         env = {"_PARBAKE_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(at)}
         return [line.partition(",")[2] for line in parbake(env=env).stdout.splitlines()]
 
-    assert completed("parbake re", 1) == ["reload"]
+    assert completed("parbake rel", 1) == ["release", "reload"]
     assert completed("parbake serve --grpc", 2) == ["--grpc-port"]
     assert completed("parbake serve --mode ", 3) == ["dynamic", "static", "hybrid", "auto"]
 

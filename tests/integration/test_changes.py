@@ -220,7 +220,7 @@ def test_a_refused_change_leaves_everything_as_it_was(tmp_path: Path, placement:
                 client.reload([make(tmp_path)], port=server.port)
         after = client.status(port=server.port)
         # All but what callers did meanwhile.
-        nothing = {"requests": 0, "errors": 0, "rows": 0}
+        nothing = {"requests": 0, "errors": 0, "rows": 0, "last_request": 0.0}
         assert [replace(v, **nothing) for v in after.versions] == [
             replace(v, **nothing) for v in before.versions
         ]

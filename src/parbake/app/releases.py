@@ -23,7 +23,7 @@ from parbake.app.gate import Asked
 from parbake.app.gate import judge as ask_gate
 from parbake.app.inventory import keep_waivers
 from parbake.app.routes import Observed, RouteChange
-from parbake.app.state import open_state
+from parbake.app.state import STATE_FILE, open_state, state_dir
 from parbake.app.supervisor import Arranged, Supervisor
 from parbake.errors import Conflict, GateRefused, InvalidInput, ParbakeError, StateAway
 from parbake.logs import log
@@ -147,14 +147,16 @@ class Releases:
     async def start(self) -> None:
         """Go on with what the store says of the deployments that are served, if there is a store."""
         settings = self._supervisor.settings
-        try:
-            self._state = await asyncio.to_thread(open_state, settings, create=False)
-        except ParbakeError as error:
-            # A server serves without it; who wants a release is told then.
-            log().info("releases.no_store", why=error.message)
-        else:
-            for name in dict.fromkeys(entry.name for entry in self._supervisor.entries):
-                await self._restore(name)
+        # Who never released anything pays nothing for it, not even an import.
+        if settings.release.store or (state_dir(settings) / STATE_FILE).exists():
+            try:
+                self._state = await asyncio.to_thread(open_state, settings, create=False)
+            except ParbakeError as error:
+                # A server serves without it; who wants a release is told then.
+                log().error("releases.no_store", error=error.message, hint=error.hint)
+            else:
+                for name in dict.fromkeys(entry.name for entry in self._supervisor.entries):
+                    await self._restore(name)
         self._task = asyncio.get_running_loop().create_task(self._watch())
 
     async def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Until when Pythons and operating systems get security fixes: a small table with its date and its sources."""
+"""Until when Pythons and operating systems get security fixes: a small table, and where to look the dates up."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from datetime import date
 from typing import Final
 
 AS_OF: Final = "2026-11-21"
-"""Day on which the table was last held against its sources."""
+"""Day on which the table was written; projects change such dates, so look up what matters."""
 
 SOURCES: Final = (
     "https://devguide.python.org/versions/",
     "https://wiki.debian.org/LTS",
     "https://ubuntu.com/about/release-cycle",
 )
+"""Where the projects themselves say it."""
 
 UNKNOWN: Final = "unknown"
 

@@ -37,7 +37,8 @@ class Released:
         """Register ``y = factor x``, let champion point at it, and give its version."""
         from parbake.contract.bundle import read_bundle
 
-        path = path or write_scaled(self.folder / f"by-{factor}.bundle", factor).path
+        # Again, where a store has lost it.
+        path = path or write_scaled(self.folder / f"by-{factor}.bundle", factor, replace=True).path
         bundle = read_bundle(path)
         where = open_bundles(self.store).put(bundle)
         version = self.registry.register(Registration(self.name, bundle.digest, "p", "o", where)).version

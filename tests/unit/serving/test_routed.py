@@ -265,20 +265,36 @@ def test_what_an_observer_counts_is_what_was_answered(rows: list[tuple[float, fl
     observer.failed()
     seen = observer.observation()
     assert (seen.requests, seen.failures) == (len(rows) + 2, 1)
-    assert sum(seen.latency) == len(rows) + 1
+    # Once a key: the request with all rows has the key of its first, which was here before.
+    new = {served.first_key([struct.pack("<2f", *row)], ((2,),)): row for row in reversed(rows)}
+    assert sum(seen.latency) == len(new)
     assert len(seen.latency) == len(LATENCY_EDGES_MS)
-    assert seen.latency[latency_bucket(10_000)] == 1
+    assert seen.latency[latency_bucket(1)] == len(new)
     assert seen.fault() is None
     for segment in ("", *{str(int(kind)) for _, kind in rows}):
-        values = [v for v, kind in rows if segment in ("", str(int(kind)))]
-        # Of the request with all rows the first counts.
-        values += [v for v, kind in rows[:1] if segment in ("", str(int(kind)))]
+        values = [v for v, kind in new.values() if segment in ("", str(int(kind)))]
         counted = Counter(map(bins.place, values))
         assert seen.outputs[segment] == tuple(counted[place] for place in range(bins.count))
     told = list(observer.foretold)
     assert [(t.id, t.row) for t in told[len(rows) :]] == [("all", n) for n in range(len(rows))]
     # The same row has the same key, whichever request it came in.
     assert [t.key for t in told[: len(rows)]] == [t.key for t in told[len(rows) :]]
+
+
+def test_of_several_fronts_each_counts_its_part_of_the_keys(tmp_path: Path) -> None:
+    served = Deployment(tmp_path).versions["1"]
+    fronts = [
+        Observer(served, Watch(), Bins((10.0, 50.0)), turn=(number, fronts))
+        for number, fronts in ((0, 1), (0, 3), (1, 3), (2, 3))
+    ]
+    for n in range(100):
+        answer = Answer([struct.pack("<2f", n, n)], [(2,)], 1)
+        for observer in fronts:
+            observer.answered(0.001, [struct.pack("<2f", n % 60, 1)], 1, [(2,)], answer, "")
+    whole, *parts = [observer.observation() for observer in fronts]
+    assert sum(whole.outputs[""]) == 60
+    assert all(0 < sum(part.outputs[""]) < 60 for part in parts)
+    assert tuple(map(sum, zip(*(part.outputs[""] for part in parts), strict=True))) == whole.outputs[""]
 
 
 def test_what_is_told_on_can_be_written_as_json(tmp_path: Path) -> None:
