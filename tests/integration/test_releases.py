@@ -23,7 +23,7 @@ from tests.traffic import Call, answer, calling, infer, rows, wait_for
 
 PATH = "/v2/models/scaled/infer"
 SOON = Margins(requests=150)
-SERVED = [(n / 400, 1.0) for n in range(1, 800)]
+SERVED = [(n / 256, 1.0) for n in range(1, 600)]
 
 
 @contextmanager
