@@ -84,7 +84,8 @@ class Residency:
         self._came += 1
         if pinned:
             self.residents[key] = Resident(size, "loading", pinned=True)
-            return self._over(0) or []
+            out = self._over(0)
+            return self._everybody() if out is None else out
         out = self._over(size)
         if out is None:
             return None
@@ -105,10 +106,10 @@ class Residency:
         if out is not None:
             return out
         # Others are being loaded, and cannot go: it gives way, or what can go for it does.
-        out = self._evictable(spare=key) if resident.pinned else [key]
-        for other in out:
-            self.residents[other].state = "leaving"
-        return out
+        if resident.pinned:
+            return self._everybody(spare=key)
+        resident.state = "leaving"
+        return [key]
 
     def gone(self, key: str) -> None:
         """It is not in memory any more."""
@@ -145,6 +146,13 @@ class Residency:
             for key, resident in self.residents.items()
             if resident.state == "loaded" and not resident.pinned and key != spare
         ]
+
+    def _everybody(self, spare: str = "") -> list[str]:
+        """Name all who can go; they are leaving then."""
+        out = self._evictable(spare)
+        for key in out:
+            self.residents[key].state = "leaving"
+        return out
 
     def _over(self, more: int, spare: str = "") -> list[str] | None:
         """Name who goes, so that ``more`` bytes fit; they are leaving then. None where that is not enough."""

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from parbake.app.residency import Residency
@@ -165,6 +165,7 @@ steps = st.lists(
 
 
 @given(budget=st.integers(1, 200), steps=steps)
+@example(budget=1, steps=[(1, "load", 1), (1, "settle", 1), (0, "pin", 2)])
 def test_the_budget_holds_and_the_pinned_stay(budget: int, steps: list[tuple[int, str, int]]) -> None:
     residency = Residency(budget)
     residents = residency.residents
