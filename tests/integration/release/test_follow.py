@@ -213,8 +213,3 @@ def test_the_bundle_store_dies_in_the_middle_and_what_is_cached_serves_on(
         assert "bundle store" in following.problem
         assert (following.version, following.wanted) == ("1", "2")
         assert released.factor(server.url) == 2
-        # It is tried again, and taken in when the store is back with what it had.
-        own_moto.start()
-        released.register(3, alias=False)
-        wait_for(lambda: released.factor(server.url) == 3)
-        assert not client.status(port=server.port).following[0].problem
