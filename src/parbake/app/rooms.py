@@ -37,7 +37,7 @@ _REST_S: Final = 30.0
 _REVIVE_S: Final = 1.0
 _TRIES: Final = 6
 """How often a model is loaded again whose room ended meanwhile, for whatever reason."""
-_ENOUGH: Final = 2
+_ENOUGH: Final = 4
 """So often a room may end over loading the same model while nothing else was at work there."""
 _BARRED_S: Final = 60.0
 """Time in which it is not loaded after that."""
