@@ -70,8 +70,9 @@ def test_a_mismatch_is_refused_with_the_difference_and_goes_through_when_waived_
         ("waiver", "7", "me", "a test")
     ] * 3
     shown = json.loads(parbake("inventory", foreign.path, "--offline", "--json").stdout)
-    (item,) = shown["items"]
-    assert (item["version"], item["owner"]) == ("7", "")
+    # Beside whatever servers run on this machine.
+    (item,) = [item for item in shown["items"] if item["version"] == "7"]
+    assert item["owner"] == ""
     assert {waiver["check"] for waiver in item["waivers"]} == {"metadata", "goldens", "environment"}
     assert "Waived" in parbake("inventory", foreign.path, "--offline").stdout
 
