@@ -409,13 +409,13 @@ class Releases:
         proposal = trial.release.proposal
         name = proposal.deployment
         release = trial.release
-        # Callers first: what the store does not have yet is done again.
         challenger, champion = await self._arranged(release), self._supervisor.arranged(name, trial.champion)
-        await self._supervisor.arrange(name, (champion, challenger))
-        await self._no_route(name)
+        # The store first: while it is away nothing is promoted, and who dies behind this starts with what it says.
         trial.release = await self._ask(
             lambda state: state.finish(release, "live", by=by, why=why, fence=trial.lease)
         )
+        await self._supervisor.arrange(name, (champion, challenger))
+        await self._no_route(name)
         self._trials.pop(name, None)
         log().info("release.live", deployment=name, version=proposal.version, why=why)
 
