@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import threading
 import time
 from pathlib import Path
 
+from parbake.runtime.pool import RunnerPool
 from parbake.testing import serving
 from parbake.transports import client
 from tests.functions import write_function, write_scaled
@@ -117,6 +119,33 @@ def test_a_runner_that_hangs_while_nobody_asks_is_found_and_replaced(tmp_path: P
     assert "runner.wedged" in log
     # By its deadline, a probe's time, and a start; not by luck.
     assert took_s < 30
+
+
+def test_a_report_about_the_process_before_does_not_kill_the_one_in_its_place(tmp_path: Path) -> None:
+    bundle = write_function(tmp_path, "def predict(x):\n    return x * 2\n")
+
+    async def test() -> None:
+        pool = RunnerPool(tmp_path)
+        runner = await pool.start(str(bundle.path), digest=bundle.digest, threads=1)
+        try:
+            asked_at = time.monotonic()
+            first = runner.process
+            assert first is not None
+            pool.kill(runner.socket, asked_at)
+            await first.wait()
+            while runner.process is None or runner.process is first:
+                await asyncio.sleep(0.01)
+            second = runner.process
+            # The second front found the first process hanging too, and says so now.
+            pool.kill(runner.socket, asked_at)
+            await asyncio.sleep(0.2)
+            assert second.returncode is None
+            pool.kill(runner.socket, time.monotonic())
+            assert await second.wait() == -signal.SIGKILL
+        finally:
+            await pool.close()
+
+    asyncio.run(test())
 
 
 def test_a_front_that_hangs_is_replaced(tmp_path: Path) -> None:

@@ -231,9 +231,10 @@ class Unload(Struct, frozen=True, tag=True):
 
 
 class Wedged(Struct, frozen=True, tag=True):
-    """To the supervisor: a runner did not answer in time."""
+    """To the supervisor: a runner did not answer in time what it was asked at ``asked_at`` (of `time.monotonic`)."""
 
     socket: str
+    asked_at: float
 
 
 class Wanted(Struct, frozen=True, tag=True):

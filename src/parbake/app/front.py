@@ -522,9 +522,9 @@ class Front:
     def _connect(self, entry: PlanEntry, path: str) -> RunnerBackend:
         wedged_s = entry.deadline_ms / 1000 + 0.5
 
-        def on_wedged() -> None:
+        def on_wedged(asked_at: float) -> None:
             if self.channel is not None:
-                self.channel.tell(Wedged(path))
+                self.channel.tell(Wedged(path, asked_at))
 
         def at_work() -> bool:
             return was_at_work(entry.marks, entry.slot)

@@ -156,13 +156,21 @@ class Releases:
                 log().error("releases.no_store", error=error.message, hint=error.hint)
             else:
                 for name in dict.fromkeys(entry.name for entry in self._supervisor.entries):
-                    await self._restore(name)
+                    try:
+                        await self._restore(name)
+                    except ParbakeError as error:
+                        # What the command names is served all the same.
+                        log().error("release.not_restored", deployment=name, error=error.message)
         self._task = asyncio.get_running_loop().create_task(self._watch())
+
+    def stop(self) -> None:
+        """Judge no more, and change nothing."""
+        if self._task is not None:
+            self._task.cancel()
 
     async def close(self) -> None:
         """Write down what the judges know, and let another controller go on."""
-        if self._task is not None:
-            self._task.cancel()
+        self.stop()
         for trial in self._trials.values():
             try:
                 await self._remember(trial)

@@ -382,13 +382,13 @@ class Rooms:
         except (ParbakeError, OSError) as error:
             log().warning("room.not_started", error=str(error))
 
-    def kill(self, socket: str) -> bool:
-        """Kill the process behind a socket: it is wedged. Whether it is one of these."""
+    def kill(self, socket: str, asked_at: float) -> bool:
+        """Kill the process behind a socket, which has not answered since. Whether it is one of these."""
         model = self._models.get(socket)
         if model is None:
             return False
         if model.state == "loaded":
-            model.room.kill()
+            model.room.kill_silent(asked_at)
         return True
 
     # Life ------------------------------------------------------------------------------------------

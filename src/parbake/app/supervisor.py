@@ -1360,8 +1360,8 @@ class Supervisor:
             await self.set_loaded(message.name, loaded=False)
             return Done()
         if isinstance(message, Wedged):
-            if not self._rooms.kill(message.socket):
-                self._pool.kill(message.socket)
+            if not self._rooms.kill(message.socket, message.asked_at):
+                self._pool.kill(message.socket, message.asked_at)
             return Done()
         if isinstance(message, Wanted):
             await self._rooms.wanted(message.socket)

@@ -28,7 +28,7 @@ class SleepingBackend(RunnerBackend):
         loop: asyncio.AbstractEventLoop,
         *,
         wedged_s: float,
-        on_wedged: Callable[[], None],
+        on_wedged: Callable[[float], None],
         want: Callable[[], Awaitable[object]],
         at_work: Callable[[], bool] | None = None,
     ) -> None:

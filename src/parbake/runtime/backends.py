@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from time import perf_counter
+from time import monotonic, perf_counter
 from typing import Final
 
 from parbake.contract.tensors import Shape
@@ -50,8 +50,9 @@ class RunnerBackend(asyncio.Protocol):
     """One connection to a runner, with at most one batch in flight.
 
     It connects again by itself whenever the runner comes back under the same path. A batch that takes longer
-    than ``wedged_s`` fails, and ``on_wedged`` is called: the supervisor ends such a runner. One that has nothing to
-    do is probed, so that a process that hangs is found before somebody needs it.
+    than ``wedged_s`` fails, and ``on_wedged`` is called with when that was asked (of `time.monotonic`): the supervisor
+    ends such a runner. One that has nothing to do is probed, so that a process that hangs is found before somebody
+    needs it.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class RunnerBackend(asyncio.Protocol):
         loop: asyncio.AbstractEventLoop,
         *,
         wedged_s: float,
-        on_wedged: Callable[[], None],
+        on_wedged: Callable[[float], None],
         at_work: Callable[[], bool] | None = None,
     ) -> None:
         self._name = name
@@ -79,6 +80,7 @@ class RunnerBackend(asyncio.Protocol):
         self._buffer = bytearray()
         self._done: Callable[[Outcome], None] | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._sent_at = 0.0
         self._rows = 0
         self._row_s = 0.0
         """Time of one row in the slowest of the last batches."""
@@ -105,9 +107,7 @@ class RunnerBackend(asyncio.Protocol):
     def answers(self) -> bool:
         """Whether the runner is connected, and was there when it was asked last."""
         late_s = _LATE_S + 4 * self._longest_s
-        return self._transport is not None and not (
-            self._probe_id and self._loop.time() - self._probed_at > late_s
-        )
+        return self._transport is not None and not (self._probe_id and monotonic() - self._probed_at > late_s)
 
     def watch(self, *, on_up: Callable[[], None], on_down: Callable[[], None]) -> None:
         """Call these whenever the runner has come, and when it has gone."""
@@ -152,7 +152,8 @@ class RunnerBackend(asyncio.Protocol):
         expected_s = 4 * rows * self._row_s if self._row_s else self._wedged_s * min(rows - 1, 9)
         allowed_s = self._wedged_s + expected_s
         self._rows = rows
-        self._timer = self._loop.call_later(allowed_s, self._wedged, allowed_s)
+        self._sent_at = monotonic()
+        self._timer = self._loop.call_later(allowed_s, self._late, allowed_s)
         self._transport.writelines(wire.request_frame(self._next_id, rows, raws, shapes))
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -166,7 +167,7 @@ class RunnerBackend(asyncio.Protocol):
     def _send_probe(self, transport: asyncio.Transport | None) -> None:
         if transport is not None:
             self._next_id += 1
-            self._probe_id, self._probed_at = self._next_id, self._loop.time()
+            self._probe_id, self._probed_at = self._next_id, monotonic()
             transport.writelines(wire.request_frame(self._probe_id, 0, (), ()))
 
     def _probe(self) -> None:
@@ -179,9 +180,9 @@ class RunnerBackend(asyncio.Protocol):
             self._send_probe(self._transport)
             return
         # It may be busy with the batch of another front.
-        waited_s = self._loop.time() - self._probed_at
+        waited_s = monotonic() - self._probed_at
         if waited_s > self._wedged_s + 4 * self._longest_s:
-            self._wedged(waited_s)
+            self._wedged(waited_s, self._probed_at)
 
     def data_received(self, data: bytes) -> None:
         """Bytes of a reply, or of two: one to a probe, and one to the batch that was sent after it."""
@@ -251,7 +252,10 @@ class RunnerBackend(asyncio.Protocol):
         if done is not None:
             done(outcome)
 
-    def _wedged(self, allowed_s: float) -> None:
+    def _late(self, allowed_s: float) -> None:
+        self._wedged(allowed_s, self._sent_at)
+
+    def _wedged(self, allowed_s: float, asked_at: float) -> None:
         log().error("runner.wedged", deployment=self._name, after_s=round(allowed_s, 3))
         self._timer = None
         done, self._done = self._done, None
@@ -260,7 +264,7 @@ class RunnerBackend(asyncio.Protocol):
             if transport is not None:
                 transport.abort()
         self._transport = self._greeted = None
-        self._on_wedged()
+        self._on_wedged(asked_at)
         if done is not None:
             done(
                 Outcome(

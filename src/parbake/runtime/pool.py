@@ -176,6 +176,7 @@ class RunnerPool:
 
         Raises what starting raises, and then the old one stays.
         """
+        launched_at = time.monotonic()
         started, loaded = await self._launch(runner.assignment)
         old, watcher = runner.process, runner.watcher
         if runner.stopping or old is None or old.returncode is not None:
@@ -185,7 +186,7 @@ class RunnerPool:
         if watcher is not None:
             # It closes the line to the old one, which ends after the batch that it runs.
             watcher.cancel()
-        runner.process, runner.loaded, runner.started = started.process, loaded, time.monotonic()
+        runner.process, runner.loaded, runner.started = started.process, loaded, launched_at
         runner.first_bytes = memory.resident(started.process.pid)
         runner.restarts += 1
         runner.watcher = asyncio.create_task(self._watch(runner, started.control))
@@ -193,9 +194,15 @@ class RunnerPool:
             await asyncio.wait_for(old.wait(), _END_S)
         await end_process(old)
 
-    def kill(self, path: str) -> None:
-        """Kill the runner behind a socket: it is wedged. It will be started again."""
+    def kill(self, path: str, asked_at: float) -> None:
+        """Kill the runner behind a socket, which has not answered since. It will be started again.
+
+        One that was started after ``asked_at`` is another process: each front finds out by itself that one hangs, and
+        the second may say so when the first has had it replaced.
+        """
         for runner in self.runners:
+            if runner.started > asked_at:
+                continue
             if runner.socket == path and runner.process and runner.process.returncode is None:
                 log().error("runner.killed", pid=runner.process.pid, bundle=runner.assignment.bundle)
                 runner.process.kill()

@@ -124,8 +124,13 @@ class Room:
             self._resting = True
             self._started.process.terminate()
 
+    def kill_silent(self, asked_at: float) -> None:
+        """End the process at once if it was there when it was asked what it has not answered."""
+        if self._since <= asked_at:
+            self.kill()
+
     def kill(self) -> None:
-        """End the process at once: one of its models is wedged."""
+        """End the process at once."""
         if self._started is not None and self._started.process.returncode is None:
             log().error("room.killed", group=self.group, pid=self._started.process.pid)
             self._started.process.kill()

@@ -131,7 +131,7 @@ async def _run(settings: Settings, on_ready: Callable[[Running], None]) -> int:
         on_ready(running)
         await stopping
         log().info("server.draining")
-        await releases.close()
+        releases.stop()
         draining = asyncio.ensure_future(supervisor.stop())
         hurrying = asyncio.ensure_future(hurry.wait())
         await asyncio.wait({draining, hurrying}, return_when=asyncio.FIRST_COMPLETED)
@@ -141,9 +141,12 @@ async def _run(settings: Settings, on_ready: Callable[[Running], None]) -> int:
             supervisor.end_now()
             return 130
         await draining
+        # Behind everything that callers wait for: the store may take its time.
+        await releases.close()
         admin.close()
         return 0
     except BaseException:
+        releases.stop()
         await supervisor.stop(drain=False)
         raise
     finally:
