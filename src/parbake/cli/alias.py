@@ -7,9 +7,8 @@ from typing import Any
 
 import click
 
-from parbake.cli.options import Command, json_option, progress_option
+from parbake.cli.options import Command, json_option, progress_option, registry_options, state_settings
 from parbake.cli.output import emit_json, emit_table, say, stages
-from parbake.cli.versions import registry_options, release_settings
 
 
 @click.command(cls=Command, short_help="Let an alias point at a version, or show where aliases point.")
@@ -37,7 +36,7 @@ def command(
         raise click.UsageError(f"which version? parbake alias {name} {alias} 3")
     from parbake.app.registry import open_registry, registry_url
 
-    settings = release_settings(config, values)
+    settings = state_settings(config, values)
     with stages("asking the registry", wanted=show_progress) as stage:
         stage(name)
         registry = open_registry(registry_url(settings))

@@ -10,10 +10,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from parbake.cli.options import Command, given, json_option, settings_options
+from parbake.cli.options import Command, json_option, state_options, state_settings
 from parbake.cli.output import emit_json, emit_table, say
-from parbake.errors import NotFound
-from parbake.settings import CONFIG_FILE, ReleaseSettings, ServerSettings, Settings, override, read_settings
 
 if TYPE_CHECKING:
     from parbake.release.model import Event
@@ -55,19 +53,7 @@ class _Since(click.ParamType[float]):
     metavar="N",
     help="Most events, the newest.  [default: 1000]",
 )
-@click.option(
-    "--config",
-    type=click.Path(path_type=Path, dir_okay=False),
-    envvar="PARBAKE_CONFIG",
-    help=f"Settings as TOML  [default: {CONFIG_FILE}, if there]",
-)
-@settings_options(ReleaseSettings)
-@click.option(
-    "--state-dir",
-    envvar="PARBAKE_STATE_DIR",
-    metavar="DIR",
-    help="Folder of what the server keeps.  [default: .parbake]",
-)
+@state_options
 @json_option
 def command(name: str, since: float, limit: int, config: Path | None, as_json: bool, **values: Any) -> None:
     """Show what happened to the deployment NAME, or to all: releases, verdicts, waivers, changed parameters.
@@ -78,7 +64,7 @@ def command(name: str, since: float, limit: int, config: Path | None, as_json: b
 
     from parbake.app.state import open_state
 
-    with closing(open_state(_settings(config, values), create=False)) as state:
+    with closing(open_state(state_settings(config, values), create=False)) as state:
         events = state.history(name, since=since, limit=limit)
     if as_json:
         emit_json(events)
@@ -87,19 +73,6 @@ def command(name: str, since: float, limit: int, config: Path | None, as_json: b
         say(f"nothing happened to {name or 'any deployment'}" + (" since then" if since else ""))
         return
     emit_table([_line(event) for event in events], ("when (UTC)", "deployment", "what", "by", "why"))
-
-
-def _settings(config: Path | None, values: dict[str, Any]) -> Settings:
-    if config is not None and not config.is_file():
-        raise NotFound(f"no settings file at {config}")
-    default = Path(CONFIG_FILE)
-    file = config or (default if default.is_file() else None)
-    base = Settings() if file is None else read_settings(file)
-    return Settings(
-        server=override(base.server, given(ServerSettings, values)),
-        deployments=base.deployments,
-        release=override(base.release, given(ReleaseSettings, values)),
-    )
 
 
 def _line(event: Event) -> tuple[str, ...]:

@@ -139,14 +139,23 @@ class ExistingPath(click.Path):
 
 
 def state_options(function: F) -> F:
-    """``--config``, ``--store``, ``--state-dir``: where releases are written down; `state_settings` reads them."""
+    """``--config``, ``--state-dir`` and all that says where releases, versions and bundles are kept."""
+    return _places(function)
+
+
+def registry_options(function: F) -> F:
+    """``--config``, ``--state-dir`` and what says where registry and bundle store are."""
+    return _places(function, ("registry", "bundle_store"))
+
+
+def _places(function: F, only: Collection[str] = ()) -> F:
     function = click.option(
         "--state-dir",
         envvar="PARBAKE_STATE_DIR",
         metavar="DIR",
-        help="Folder of what the server keeps.  [default: .parbake]",
+        help="Folder of what parbake keeps by itself.  [default: .parbake]",
     )(function)
-    function = settings_options(ReleaseSettings)(function)
+    function = settings_options(ReleaseSettings, only=only)(function)
     return click.option(
         "--config",
         type=click.Path(path_type=Path, dir_okay=False),
@@ -156,7 +165,7 @@ def state_options(function: F) -> F:
 
 
 def state_settings(config: Path | None, values: Mapping[str, Any]) -> Settings:
-    """The settings file with what `state_options` gave. Raises `NotFound`, `SettingsError`."""
+    """The settings file with what `state_options` or `registry_options` gave. Raises `NotFound`, `SettingsError`."""
     if config is not None and not config.is_file():
         raise NotFound(f"no settings file at {config}")
     default = Path(CONFIG_FILE)

@@ -11,9 +11,16 @@ import click
 
 from parbake.cli.example import read_example
 from parbake.cli.inspect import batch_words, describe, parity_words
-from parbake.cli.options import FILE, Command, json_option, pickle_option, progress_option
+from parbake.cli.options import (
+    FILE,
+    Command,
+    json_option,
+    pickle_option,
+    progress_option,
+    registry_options,
+    state_settings,
+)
 from parbake.cli.output import emit_json, say, stages
-from parbake.cli.versions import registry_options, release_settings
 from parbake.errors import NotFound, PackRefused, SettingsError
 from parbake.settings import REGISTERED
 
@@ -176,7 +183,7 @@ def command(
             stage(f"fetching {model}")
             places = {"registry": registry, "bundle_store": bundle_store, "state_dir": state_dir}
             logged = logged_model(
-                release_settings(config, places), model, Path(temporary), allow_pickle=values["allow_pickle"]
+                state_settings(config, places), model, Path(temporary), allow_pickle=values["allow_pickle"]
             )
             source = logged.model
             rows = logged.example if rows is None else rows

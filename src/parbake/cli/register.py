@@ -7,9 +7,15 @@ from typing import Any
 
 import click
 
-from parbake.cli.options import BUNDLE, Command, json_option, progress_option
+from parbake.cli.options import (
+    BUNDLE,
+    Command,
+    json_option,
+    progress_option,
+    registry_options,
+    state_settings,
+)
 from parbake.cli.output import emit_json, say, stages
-from parbake.cli.versions import registry_options, release_settings
 
 
 @click.command(cls=Command, short_help="Register a bundle as the next version of its model.")
@@ -44,7 +50,7 @@ def command(
         check_alias(alias)
     if name:
         check_name(name)
-    settings = release_settings(config, values)
+    settings = state_settings(config, values)
     with stages("registering", wanted=show_progress) as stage:
         stage(str(bundle))
         version = register(settings, bundle, name=name, alias=alias, by=by, force=force)

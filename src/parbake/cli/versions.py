@@ -2,56 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from parbake.cli.options import Command, given, json_option, progress_option, settings_options
+from parbake.cli.options import Command, json_option, progress_option, registry_options, state_settings
 from parbake.cli.output import emit_json, emit_table, say, stages
-from parbake.errors import NotFound
-from parbake.settings import CONFIG_FILE, ReleaseSettings, ServerSettings, Settings, override, read_settings
 
 if TYPE_CHECKING:
     from parbake.release.registry import Version
 
-F = TypeVar("F", bound=Callable[..., Any])
-
-_WANTED = ("registry", "bundle_store")
 _DIGEST = len("sha256:") + 12
-
-
-def registry_options(function: F) -> F:
-    """The options that say where registry and bundle store are."""
-    function = click.option(
-        "--state-dir",
-        envvar="PARBAKE_STATE_DIR",
-        metavar="DIR",
-        help="Folder of what parbake keeps by itself.  [default: .parbake]",
-    )(function)
-    function = settings_options(ReleaseSettings, only=_WANTED)(function)
-    return click.option(
-        "--config",
-        type=click.Path(path_type=Path, dir_okay=False),
-        envvar="PARBAKE_CONFIG",
-        help=f"Settings as TOML  [default: {CONFIG_FILE}, if there]",
-    )(function)
-
-
-def release_settings(config: Path | None, values: Mapping[str, Any]) -> Settings:
-    """The settings that `registry_options` and the file give. Raises `NotFound`, `SettingsError`."""
-    if config is not None and not config.is_file():
-        raise NotFound(f"no settings file at {config}")
-    default = Path(CONFIG_FILE)
-    file = config or (default if default.is_file() else None)
-    base = Settings() if file is None else read_settings(file)
-    return Settings(
-        server=override(base.server, given(ServerSettings, values)),
-        deployments=base.deployments,
-        release=override(base.release, given(ReleaseSettings, values)),
-    )
 
 
 @click.command(cls=Command, short_help="Show the registered versions of a model.")
@@ -66,7 +29,7 @@ def command(name: str, show_progress: bool, as_json: bool, config: Path | None, 
     """
     from parbake.app.registry import open_registry, registry_url
 
-    settings = release_settings(config, values)
+    settings = state_settings(config, values)
     with stages("asking the registry", wanted=show_progress) as stage:
         stage(name or "all models")
         registry = open_registry(registry_url(settings))
