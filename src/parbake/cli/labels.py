@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from parbake.cli.options import Command, json_option
+from parbake.cli.options import Command, json_option, server_options
 from parbake.cli.output import emit_json, say
 from parbake.errors import InputFileError, NotFound
 
@@ -21,19 +21,7 @@ _OWN: Final = ("id", "row", "key", "label", "at")
 @click.command(cls=Command, short_help="Send what turned out to be true, for versions that are compared.")
 @click.argument("name")
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
-@click.option(
-    "--port",
-    type=click.IntRange(1, 65535),
-    envvar="PARBAKE_PORT",
-    metavar="PORT",
-    help="HTTP port of the server, where several run on this machine.",
-)
-@click.option(
-    "--admin-url", default="", envvar="PARBAKE_ADMIN_URL", metavar="URL", help="Admin API of the server."
-)
-@click.option(
-    "--token", default="", envvar="PARBAKE_ADMIN_TOKEN", metavar="TOKEN", help="Token of the admin API."
-)
+@server_options
 @json_option
 def command(name: str, file: Path, port: int | None, admin_url: str, token: str, as_json: bool) -> None:
     """Send labels for predictions of the deployment NAME, from a CSV, Parquet or JSON-lines file.

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from parbake.cli.options import Command, json_option
+from parbake.cli.options import Command, json_option, server_options
 from parbake.cli.output import emit, emit_json, emit_table, emit_title, say
 from parbake.errors import SettingsError
 from parbake.serving.route import Kind, Loss
@@ -89,19 +89,7 @@ _NUMBERS = ("weight", "requests", "by rule", "rescued")
     metavar="N",
     help="Change it only if this is the revision in force (0: no route).",
 )
-@click.option(
-    "--port",
-    type=click.IntRange(1, 65535),
-    envvar="PARBAKE_PORT",
-    metavar="PORT",
-    help="HTTP port of the server, where several run on this machine.",
-)
-@click.option(
-    "--admin-url", default="", envvar="PARBAKE_ADMIN_URL", metavar="URL", help="Admin API of the server."
-)
-@click.option(
-    "--token", default="", envvar="PARBAKE_ADMIN_TOKEN", metavar="TOKEN", help="Token of the admin API."
-)
+@server_options
 @json_option
 def command(
     name: str,

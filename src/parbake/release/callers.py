@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from msgspec import Struct
 
@@ -36,10 +36,7 @@ def breaking(found: Sequence[Change]) -> tuple[Change, ...]:
 
 def _inputs(old: Sequence[TensorSpec], new: Sequence[TensorSpec]) -> list[Change]:
     found: list[Change] = []
-    after = {spec.name: spec for spec in new}
-    for was in old:
-        where = f"input {was.name}"
-        now = after.get(was.name)
+    for where, was, now in _pairs("input", old, new):
         if now is None:
             found.append(Change(where, words_of(was), "-", True, "callers send it, and would be refused"))
             continue
@@ -53,21 +50,14 @@ def _inputs(old: Sequence[TensorSpec], new: Sequence[TensorSpec]) -> list[Change
             found.append(
                 Change(f"{where}, gaps", _yes(was.allow_nan), _yes(now.allow_nan), was.allow_nan, why)
             )
-    known = {spec.name for spec in old}
-    found += [
-        Change(f"input {now.name}", "-", words_of(now), True, "it is required, and callers do not send it")
-        for now in new
-        if now.name not in known
-    ]
+    why = "it is required, and callers do not send it"
+    found += [Change(f"input {now.name}", "-", words_of(now), True, why) for now in _added(old, new)]
     return found
 
 
 def _outputs(old: Sequence[TensorSpec], new: Sequence[TensorSpec]) -> list[Change]:
     found: list[Change] = []
-    after = {spec.name: spec for spec in new}
-    for was in old:
-        where = f"output {was.name}"
-        now = after.get(was.name)
+    for where, was, now in _pairs("output", old, new):
         if now is None:
             found.append(Change(where, words_of(was), "-", True, "callers read it"))
             continue
@@ -80,13 +70,23 @@ def _outputs(old: Sequence[TensorSpec], new: Sequence[TensorSpec]) -> list[Chang
             gone = bool(was.labels)
             why = "positions stand for something else" if gone else "positions are named now"
             found.append(Change(f"{where}, labels", _list(was.labels), _list(now.labels), gone, why))
-    known = {spec.name for spec in old}
-    found += [
-        Change(f"output {now.name}", "-", words_of(now), False, "callers need not read it")
-        for now in new
-        if now.name not in known
-    ]
+    why = "callers need not read it"
+    found += [Change(f"output {now.name}", "-", words_of(now), False, why) for now in _added(old, new)]
     return found
+
+
+def _pairs(
+    what: str, old: Sequence[TensorSpec], new: Sequence[TensorSpec]
+) -> Iterator[tuple[str, TensorSpec, TensorSpec | None]]:
+    """Each tensor that was there, with what it is called in a change and what it has become."""
+    after = {spec.name: spec for spec in new}
+    for was in old:
+        yield f"{what} {was.name}", was, after.get(was.name)
+
+
+def _added(old: Sequence[TensorSpec], new: Sequence[TensorSpec]) -> list[TensorSpec]:
+    known = {spec.name for spec in old}
+    return [spec for spec in new if spec.name not in known]
 
 
 def _both(where: str, was: TensorSpec, now: TensorSpec) -> list[Change]:

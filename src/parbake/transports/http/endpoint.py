@@ -159,13 +159,6 @@ class PredictionEndpoint:
         try:
             call = self._codec.read(exchange.body, exchange.head.json_bytes or None)
             parsed = perf_counter()
-
-            def done(result: Answer | ParbakeError) -> None:
-                if isinstance(result, ParbakeError):
-                    self._fail(exchange, result)
-                else:
-                    self._send(exchange, call, result, parsed)
-
             inputs = call.inputs
             deadline = exchange.arrived + served.deadline_s
             asked = Asked(
@@ -178,7 +171,9 @@ class PredictionEndpoint:
                 call.priority,
                 exchange.client,
             )
-            answer = fallback.instead(served, asked, error, done)
+            answer = fallback.instead(
+                served, asked, error, lambda result: self.take(exchange, call, result, parsed)
+            )
         except ParbakeError as refused:
             self._fail(exchange, refused)
             return
