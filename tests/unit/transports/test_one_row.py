@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from parbake.contract.model import Contract, TensorSpec
+from parbake.contract.model import Batch, Contract, TensorSpec
 from parbake.contract.record import Records
 from parbake.errors import InvalidRequest
 from parbake.serving.model import Answer
@@ -123,12 +123,22 @@ def damaged(draw: st.DrawFn) -> bytes:
     return bytes(body)
 
 
-@given(st.lists(damaged(), min_size=1, max_size=8))
-def test_the_short_way_reads_what_the_careful_way_does(requests: list[bytes]) -> None:
+@pytest.mark.parametrize("dimension", ["any", "one", "none"])
+@given(requests=st.lists(damaged(), min_size=1, max_size=8))
+def test_the_short_way_reads_what_the_careful_way_does(dimension: Any, requests: list[bytes]) -> None:
     # One after another through the same codec: what it remembers of one must not change how it reads the next.
-    codec = InferCodec(served())
+    codec = InferCodec(served(batch=Batch(dimension=dimension)))
     for body in requests:
-        agree(codec, body)
+        agree(codec, body if dimension != "none" else body.replace(b"[1,2]", b"[2]"))
+
+
+@pytest.mark.parametrize(("dimension", "shape"), [("any", b"[1,2]"), ("one", b"[1,2]"), ("none", b"[2]")])
+def test_a_row_goes_the_short_way_whatever_its_batch_dimension(dimension: Any, shape: bytes) -> None:
+    codec = InferCodec(served(batch=Batch(dimension=dimension)))
+    for text, row in ((b"[1,2]", (1, 2)), (b"[3,4]", (3, 4))):
+        body = b'{"inputs":[{"name":"x","shape":%b,"datatype":"FP32","data":%b}]}' % (shape, text)
+        assert codec.read_row(body) == (struct.pack("<2f", *row), "") == careful(codec, body)
+        assert codec.read_row(body.replace(shape, b"[2,2]")) is None
 
 
 PLAIN = b'{"inputs":[{"name":"x","shape":[1,2],"datatype":"FP32","data":%b}]}'
@@ -218,12 +228,13 @@ OUTPUTS: list[tuple[TensorSpec, ...]] = [
 ]
 
 
+@pytest.mark.parametrize("dimension", ["any", "one", "none"])
 @pytest.mark.parametrize("outputs", OUTPUTS)
 @given(rows=st.integers(1, 4), request_id=st.sampled_from(["", "7", 'a"%d']), data=st.data())
 def test_replies_of_the_short_way_say_what_the_careful_one_says(
-    outputs: tuple[TensorSpec, ...], rows: int, request_id: str, data: st.DataObject
+    dimension: Any, outputs: tuple[TensorSpec, ...], rows: int, request_id: str, data: st.DataObject
 ) -> None:
-    version = served(outputs=outputs)
+    version = served(outputs=outputs, batch=Batch(dimension=dimension))
     codec = InferCodec(version)
     assert codec.has_short_way
     columns: list[list[bytes]] = []

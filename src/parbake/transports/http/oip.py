@@ -32,7 +32,6 @@ from parbake.transports.inputs import (
     row_shape,
     struct_of,
     unpack_values,
-    wire_shape,
 )
 from parbake.transports.parameters import output_position, priority_of, refuse_unsupported, timeout_s
 
@@ -115,7 +114,6 @@ class InferCodec:
             and self._unpackers is not None
             and len(contract.inputs) == 1
             and spec.datatype in FLOATS
-            and contract.batch.dimension == "any"
             and not contract.key.columns
             and not contract.key.rounding
             and sum(output.elements for output in contract.outputs) <= _SHORT_ELEMENTS
@@ -135,7 +133,8 @@ class InferCodec:
         self._pack: Callable[..., bytes] = packer.pack if packer is not None else _no_struct
         self._name = spec.name
         self._datatype = spec.datatype
-        self._one_row = [1, *spec.shape]
+        first = [] if contract.batch.dimension == "none" else [1]
+        self._one_row = [*first, *spec.shape]
         self._record = struct.Struct(
             "<"
             + "".join(u.format[1:] for u in unpackers if u is not None)  # one struct for all outputs of a row
@@ -146,16 +145,15 @@ class InferCodec:
             self._encode(served.name),
             self._encode(served.version),
         )
-        dimensions = [wire_shape(contract, spec)[1:] for spec in contract.outputs]
         self._one_row_outputs = [
             b'%s{"name":%s,"datatype":"%s","shape":%s,"data":'
             % (
                 b"," if i else b'"outputs":[',
                 self._encode(spec.name),
                 spec.datatype.encode(),
-                self._encode([1, *dims]),
+                self._encode([*first, *spec.shape]),
             )
-            for i, (spec, dims) in enumerate(zip(contract.outputs, dimensions, strict=True))
+            for i, spec in enumerate(contract.outputs)
         ]
         self._unpack_rows = [unpacker.iter_unpack for unpacker in unpackers if unpacker is not None]
         frame = self._head + b"".join(start + b"[\0]}" for start in self._one_row_outputs) + b"]}"
