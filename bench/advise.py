@@ -12,16 +12,17 @@ import lzma
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from itertools import cycle
 from pathlib import Path
+from statistics import median
 from typing import Final
 
 import msgspec
 import numpy as np
 
 from bench.load import Load as Requests
-from bench.load import Measured, put
+from bench.load import put
 from bench.machine import this_machine
 from bench.network import packed_network, row_body, rows_of
 from bench.processes import cpu_seconds, peer, with_descendants
@@ -51,6 +52,20 @@ _NEVER: Final = 1 << 60
 
 
 @dataclass(frozen=True, slots=True)
+class Observed:
+    """What a server did, in the median of some runs from a cold start."""
+
+    requests_per_s: float
+    p50_ms: float
+    p99_ms: float
+    coverage: float
+    client_busy: float
+    """Share of the time in which the load generator was on a CPU."""
+    cpus_of_others: float
+    """CPUs that other programs took meanwhile; the prediction was told."""
+
+
+@dataclass(frozen=True, slots=True)
 class Case:
     """One way of serving one model under one trace."""
 
@@ -59,10 +74,7 @@ class Case:
     way: str
     predicted: Simulated
     predicted_coverage: float
-    observed: Measured
-    observed_coverage: float
-    others: float
-    """CPUs that other programs took meanwhile; the prediction was told."""
+    observed: Observed
 
     def ratios(self) -> dict[str, float]:
         """Predicted in ratio to observed."""
@@ -70,12 +82,12 @@ class Case:
             "requests/s": self.predicted.per_s / self.observed.requests_per_s,
             "p50": self.predicted.p50_s * 1e3 / self.observed.p50_ms,
         }
-        if self.observed_coverage:
-            found["coverage"] = self.predicted_coverage / self.observed_coverage
+        if self.observed.coverage:
+            found["coverage"] = self.predicted_coverage / self.observed.coverage
         return found
 
 
-def run(folder: Path, *, seconds: float, quick: bool, say: Callable[[str], None]) -> Section:
+def run(folder: Path, *, seconds: float, rounds: int, quick: bool, say: Callable[[str], None]) -> Section:
     """Predict, run and compare. ``quick`` takes the first model and trace only."""
     say("the load generator")
     client_s = _client_s(min(seconds, 1.0))
@@ -107,61 +119,52 @@ def run(folder: Path, *, seconds: float, quick: bool, say: Callable[[str], None]
             real = quick_table(bundle, hashes[:distinct], [next(every) for _ in range(distinct)], table)
             sizes[f"{what}, {trace}"] = (distinct * costs.table_row_bytes, float(real))
             for way in ("dynamic", "static", "hybrid"):
-                say(f"{what}, {trace}: {way}")
-                cases.append(_case(what, trace, way, keys, bundle, table, bodies, costs, client_s, seconds))
-    return _section(cases, sizes, measured, client_s, seconds, generated)
+                words = ["--mode", way, "--workers", "1"]
+                words += ["--table", str(table)] if way == "static" else []
+                head_rows = max(int(distinct * _BUDGET), 1)
+                words += ["--head-rows", str(head_rows)] if way == "hybrid" else []
+                order = tuple(keys.tolist())
+                runs: list[Observed] = []
+                for number in range(rounds):
+                    say(f"{what}, {trace}: {way}, {number + 1} of {rounds}")
+                    runs.append(_observe(bundle, words, bodies[:distinct], order, seconds))
+                ways = _Ways(way, order, head_rows)
+                observed = _median(runs)
+                predicted = simulate(
+                    replace(costs, cores=max(costs.cores - observed.cpus_of_others, 0.5)),
+                    Load(_CONNECTIONS),
+                    ways.answers,
+                    requests=_NEVER,
+                    most_s=_WARM_UP_S + seconds,
+                    warm_up_s=_WARM_UP_S,
+                    client_s=client_s,
+                )
+                cases.append(Case(what, trace, way, predicted, ways.coverage, observed))
+    return _section(cases, sizes, measured, client_s, seconds, rounds, generated)
 
 
-def _case(
-    model: str,
-    trace: str,
-    way: str,
-    keys: Keys,
-    bundle: StoredBundle,
-    table: Path,
-    bodies: tuple[bytes, ...],
-    costs: Costs,
-    client_s: float,
-    seconds: float,
-) -> Case:
-    head_rows = max(int((int(keys.max()) + 1) * _BUDGET), 1)
-    words = ["--mode", way, "--workers", "1"]
-    words += ["--table", str(table)] if way == "static" else []
-    words += ["--head-rows", str(head_rows)] if way == "hybrid" else []
-    order = tuple(keys.tolist())
+def _observe(
+    bundle: StoredBundle, words: list[str], bodies: tuple[bytes, ...], order: tuple[int, ...], seconds: float
+) -> Observed:
+    """Put one server under load, from its start."""
     with serving(bundle.path, arguments=words) as server:
         path = f"/v2/models/{bundle.contract.name}/infer"
         pids = with_descendants(server.process.pid)
         machine, own = _busy_s(), cpu_seconds(pids)
         started = time.perf_counter()
-        observed = put(
-            Requests(
-                server.port,
-                path,
-                bodies[: int(keys.max()) + 1],
-                order,
-                _CONNECTIONS,
-                seconds,
-                warm_up_s=_WARM_UP_S,
-            )
-        )
+        seen = put(Requests(server.port, path, bodies, order, _CONNECTIONS, seconds, warm_up_s=_WARM_UP_S))
         passed = time.perf_counter() - started
-        ours = cpu_seconds(pids) - own + observed.busy * (observed.seconds + _WARM_UP_S) + _CLIENT_START_S
+        ours = cpu_seconds(pids) - own + seen.busy * (seen.seconds + _WARM_UP_S) + _CLIENT_START_S
         others = max(_busy_s() - machine - ours, 0.0) / passed
-        if observed.failed or observed.unknown:
-            raise RuntimeError(f"{way}: {observed.failed} failures; first: {observed.complaint}")
-        coverage = _coverage(server.url)
-    ways = _Ways(way, order, head_rows)
-    predicted = simulate(
-        replace(costs, cores=max(costs.cores - others, 0.5)),
-        Load(_CONNECTIONS),
-        ways.answers,
-        requests=_NEVER,
-        most_s=_WARM_UP_S + seconds,
-        warm_up_s=_WARM_UP_S,
-        client_s=client_s,
-    )
-    return Case(model, trace, way, predicted, ways.coverage, observed, coverage, others)
+        if seen.failed or seen.unknown:
+            raise RuntimeError(f"{' '.join(words)}: {seen.failed} failures; first: {seen.complaint}")
+        return Observed(
+            seen.requests_per_s, seen.p50_ms, seen.p99_ms, _coverage(server.url), seen.busy, others
+        )
+
+
+def _median(runs: list[Observed]) -> Observed:
+    return Observed(*(median(column) for column in zip(*map(astuple, runs), strict=True)))
 
 
 class _Ways:
@@ -247,6 +250,7 @@ def _section(
     measured: dict[str, Costs],
     client_s: float,
     seconds: float,
+    rounds: int,
     generated: bool,
 ) -> Section:
     lines = tuple(
@@ -259,8 +263,8 @@ def _section(
             f"{case.observed.p50_ms:.3f}",
             f"{case.ratios()['p50']:.2f}",
             f"{case.predicted_coverage:.3f}",
-            f"{case.observed_coverage:.3f}",
-            f"{case.others:.2f}",
+            f"{case.observed.coverage:.3f}",
+            f"{case.observed.cpus_of_others:.2f}",
         )
         for case in cases
     )
@@ -288,10 +292,10 @@ def _section(
         title="The advisor's word",
         how=(
             f"Predicted by the advisor from what it measured on this machine, and observed: {_CONNECTIONS} connections "
-            f"that never rest for {seconds:g} s after {_WARM_UP_S:g} s, from a cold start, hybrid with a learned head "
-            f"of {100 * _BUDGET:g} % of the keys. Load from bench/load.py on the same CPUs, which takes "
-            f"{client_s * 1e6:.1f} us of CPU time for a request; the prediction counts that in, and the CPUs that "
-            f"other programs took during the run. Traces {source}."
+            f"that never rest for {seconds:g} s after {_WARM_UP_S:g} s, from a cold start, in the median of {rounds} "
+            f"runs, hybrid with a learned head of {100 * _BUDGET:g} % of the keys. Load from bench/load.py on the same "
+            f"CPUs, which takes {client_s * 1e6:.1f} us of CPU time for a request; the prediction counts that in, and "
+            f"the CPUs that other programs took meanwhile. Traces {source}."
         ),
         tables=(
             Table(
@@ -328,14 +332,7 @@ def _section(
                     "trace": case.trace,
                     "way": case.way,
                     "predicted": {**msgspec.to_builtins(case.predicted), "coverage": case.predicted_coverage},
-                    "observed": {
-                        "requests_per_s": case.observed.requests_per_s,
-                        "p50_ms": case.observed.p50_ms,
-                        "p99_ms": case.observed.p99_ms,
-                        "coverage": case.observed_coverage,
-                        "client_busy": case.observed.busy,
-                        "cpus_of_others": case.others,
-                    },
+                    "observed": asdict(case.observed),
                 }
                 for case in cases
             ],
