@@ -295,8 +295,8 @@ def _section(
         how=(
             f"Predicted by the advisor from what it measured on this machine, and observed: {_CONNECTIONS} connections "
             f"that never rest for {seconds:g} s after {_WARM_UP_S:g} s (three times as long for the slowest model), "
-            f"from a cold start, hybrid with a learned head of {100 * _BUDGET:g} % of the keys; {rounds} times over, each "
-            "figure and ratio the median. Load from bench/load.py on the same CPUs, which takes "
+            f"from a cold start, hybrid with a learned head of {100 * _BUDGET:g} % of the keys; {rounds} times over, "
+            "each figure and ratio the median. Load from bench/load.py on the same CPUs, which takes "
             f"{client_s * 1e6:.1f} us of CPU time for a request; the prediction counts that in, and the CPUs that "
             f"other programs took meanwhile. Traces {source}."
         ),
