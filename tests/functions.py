@@ -41,8 +41,7 @@ def write_function(
         outputs=tuple(outputs),
         steps=(Step("python", "source", "model:predict"),),
         purpose="runs a function",
-        owner="tests@parbake.example",
-        **rest,
+        **{"owner": "tests@parbake.example", **rest},
     )
     goldens = goldens or Goldens({s.name: nothing(s) for s in inputs}, {s.name: nothing(s) for s in outputs})
     files = {"source/model.py": source.encode()}

@@ -232,6 +232,14 @@ class ReleaseSettings(Struct, frozen=True, forbid_unknown_fields=True):
         ),
         msgspec.Meta(ge=0),
     ] = 10.0
+    lease_s: Annotated[
+        float,
+        Option(
+            "How long a server that judges a release may be silent before another one with the same store goes on.",
+            "SECONDS",
+        ),
+        msgspec.Meta(gt=0, lt=86_400),
+    ] = 20.0
     fetch_timeout_s: Annotated[
         float,
         Option("Longest that a bundle may take to come from the bundle store.", "SECONDS"),

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import numpy as np
 import pytest
 
-from parbake.app.releases import Back, ReleaseStatus, Wanted
-from parbake.errors import Conflict, GateRefused, VersionNotFound
-from parbake.release.judge import Margins
+from parbake.app.releases import Back, ReleaseStatus, TuningChange, Wanted
+from parbake.contract.bundle import Goldens
+from parbake.contract.model import TensorSpec
+from parbake.errors import Conflict, GateRefused, ParbakeError, SettingsError, VersionNotFound
+from parbake.release.database import open_database
+from parbake.release.judge import Decision, Margins
 from parbake.testing import Server, serving
 from parbake.transports import client
 from tests.functions import write_function, write_scaled
@@ -45,22 +51,23 @@ def factors(server: Server) -> set[float]:
         return {answer(call(PATH, infer(row)))[0] / row[0] for row in SERVED[:40]}
 
 
-def history(folder: Path) -> list[str]:
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "parbake",
-            "history",
-            "scaled",
-            "--state-dir",
-            str(folder / "state"),
-            "--json",
-        ],
+def parbake(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "parbake", *arguments],
         capture_output=True,
-        check=True,
+        text=True,
+        cwd=folder,
+        check=False,
     )
-    return [event["what"] for event in json.loads(done.stdout)]
+
+
+def events(folder: Path) -> list[Any]:
+    with closing(open_database(f"sqlite:///{folder / 'state' / 'state.db'}", create=False)) as state:
+        return list(msgspec.to_builtins(state.history("scaled")))
+
+
+def history(folder: Path) -> list[str]:
+    return [event["what"] for event in events(folder)]
 
 
 def test_all_at_once_and_back_in_no_time(tmp_path: Path) -> None:
@@ -142,6 +149,93 @@ def test_a_version_that_must_not_is_refused_with_what_speaks_against_it(tmp_path
         found = deploy(server, nobodys, waive=("metadata",), why="tonight only", by="ada")
         assert found.state == "live"
         assert "waiver" in history(tmp_path)
+
+
+def test_what_breaks_callers_or_has_no_owner_is_released_by_force_and_stands_in_history_and_inventory(
+    tmp_path: Path,
+) -> None:
+    two = write_scaled(tmp_path / "2.bundle", 2).path
+    wider = write_function(
+        tmp_path, "def predict(x):\n    return x\n", name="scaled", inputs=(TensorSpec("x", "FP32", (3,)),),
+        outputs=(TensorSpec("y", "FP32", (3,)),), owner="", goldens=Goldens(
+            {"x": np.ones((2, 3), np.float32)}, {"y": np.ones((2, 3), np.float32)}
+        ),
+    ).path  # fmt: skip
+    with served(tmp_path, two) as server:
+        how = ("deploy", "scaled@2", str(wider), "--force", "--why", "agreed", "--port", str(server.port))
+        refused = parbake(tmp_path, *how)
+        assert "schema" in refused.stderr
+        assert "metadata" not in refused.stderr
+        with pytest.raises(ValueError, match="needs a why"):
+            deploy(server, wider, breaking=True)
+        done = parbake(tmp_path, *how, "--breaking", "--who", "ada")
+        assert done.returncode == 0, done.stderr
+        waived = [event for event in events(tmp_path) if event["what"] == "waiver"]
+        assert {(event["details"]["check"], event["by"], event["why"]) for event in waived} == {
+            ("metadata", "ada", "agreed"), ("schema", "ada", "agreed"),
+        }  # fmt: skip
+        shown = json.loads(
+            parbake(
+                tmp_path, "inventory", "--port", str(server.port), "--state-dir", "state", "--json"
+            ).stdout
+        )
+        (item,) = [item for item in shown["items"] if item["version"] == "2"]
+        assert {waiver["check"] for waiver in item["waivers"]} == {"metadata", "schema"}
+
+
+def test_a_version_that_cannot_go_live_is_rolled_back_in_the_store_too(tmp_path: Path) -> None:
+    two, three = (write_scaled(tmp_path / f"{n}.bundle", n).path for n in (2, 3))
+    with served(tmp_path, two) as server:
+        deploy(server, three, kind="canary", steps=(0.5, 1.0), margins=Margins(requests=100_000))
+        assert factors(server) == {2, 3}
+        shutil.rmtree(three)
+        with pytest.raises(ParbakeError):
+            client.promote("scaled", Back(by="ada"), port=server.port)
+        assert factors(server) == {2}
+        assert history(tmp_path)[-3:] == ["release.live", "release.rolled_back", "release.live"]
+        assert events(tmp_path)[-1]["version"] == "1"
+        with pytest.raises(Conflict, match="no release"):
+            client.promote("scaled", Back(), port=server.port)
+
+
+def test_a_release_is_changed_while_it_runs_and_the_judge_goes_by_it(tmp_path: Path) -> None:
+    two = write_scaled(tmp_path / "2.bundle", 2).path
+    again = write_scaled(tmp_path / "again.bundle", 2, owner="others@parbake.example").path
+    with (
+        served(tmp_path, two) as server,
+        calling(server.url, *(rows("scaled", *SERVED[n::8]) for n in range(8))) as callers,
+    ):
+        deploy(server, again, kind="canary", steps=(0.5, 1.0), margins=Margins(requests=10**9, p50=5, p99=20))
+        port = ("--port", str(server.port))
+        what = ("--set", "hold=on", "--set", "requests=20", "--set", "every=0s")
+        done = parbake(tmp_path, "release", "scaled", *what, "--why", "few callers", "--who", "ada", *port)
+        assert "hold=on" in done.stdout, done.stderr
+        # By the requests that it needs now it is good enough, and it waits all the same.
+        wait_for(lambda: (v := status(server).verdict) is not None and v.decision is Decision.PROMOTE)
+        drawn = parbake(tmp_path, "release", "scaled", "--plot", str(tmp_path / "verdict.svg"), *port)
+        assert "evidence of harm" in drawn.stdout, drawn.stderr
+        assert "<svg" in (tmp_path / "verdict.svg").read_text()
+        for name, value in (("p99", -1), ("p98", 0.1), ("requests", 0.5), ("timeout_ms", 0), ("hold", 1)):
+            with pytest.raises(SettingsError):
+                client.tune("scaled", TuningChange({name: value}), port=server.port)
+        assert status(server).state == "running"
+        client.tune("scaled", TuningChange({"kill": True}, by="bob"), port=server.port)
+        with Call(server.url) as call:
+            versions = {call(PATH, infer(row)).json()["model_version"] for row in SERVED[:40]}
+        assert versions == {"1"}
+        client.tune("scaled", TuningChange({"kill": None, "hold": False}, by="bob"), port=server.port)
+        wait_for(lambda: status(server).state == "live")
+        changed = [event for event in events(tmp_path) if event["what"] == "parameters"]
+        assert [(event["by"], event["why"]) for event in changed] == [
+            ("ada", "few callers"), ("bob", ""), ("bob", ""),
+        ]  # fmt: skip
+        assert changed[0]["details"]["values"]["requests"] == 20
+        with pytest.raises(Conflict, match="only hold"):
+            client.tune("scaled", TuningChange({"p99": 0.5}), port=server.port)
+        assert client.tune("scaled", TuningChange({"hold": True}), port=server.port).tuning.hold
+        for caller in callers:
+            caller.wait(20)
+    assert all(noted.status == 200 for caller in callers for noted in caller.noted)
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])

@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Struct
 
 from parbake.errors import Conflict, InvalidInput
-from parbake.serving.observer import Foretold
+from parbake.serving.observer import Foretold, KeyTurns
 from parbake.serving.route import Loss, Route, words
 
 if TYPE_CHECKING:
@@ -58,6 +58,9 @@ class _Kept:
     """Versions among these."""
     sums: dict[tuple[str, bool, str], tuple[int, float, float]] = field(default_factory=dict)
     """By version, whether it shadowed, and segment: number, sum and sum of squares of the losses."""
+    once: dict[tuple[str, bool, str], tuple[int, float, float]] = field(default_factory=dict)
+    """The same, of the first label of each key, for the first row of a request: see `parbake.serving.observer`."""
+    turns: KeyTurns = field(default_factory=KeyTurns)
 
 
 class LabelStore:
@@ -115,22 +118,24 @@ class LabelStore:
         for label, truth in zip(labels, truths, strict=True):
             found = _find(kept, label)
             accepted += bool(found)
+            first = bool(found) and not found[0].row and kept.turns.next(found[0].key) == 1
             for item in found:
                 loss = _loss(kept.loss, item.value, truth)
                 for segment in dict.fromkeys(("", item.segment)):
                     place = (item.version, item.shadow, segment)
-                    n, total, squares = kept.sums.get(place, (0, 0.0, 0.0))
-                    kept.sums[place] = (n + 1, total + loss, squares + loss * loss)
+                    for sums in (kept.sums, kept.once) if first else (kept.sums,):
+                        n, total, squares = sums.get(place, (0, 0.0, 0.0))
+                        sums[place] = (n + 1, total + loss, squares + loss * loss)
         self.accepted += accepted
         self.unknown += len(labels) - accepted
         return accepted, len(labels) - accepted
 
     def sums(self, name: str, version: str, shadow: bool) -> dict[str, tuple[int, float, float]]:
-        """By segment the number, sum and sum of squares of the losses of a version."""
+        """By segment the number, sum and sum of squares of the losses of a version, one for each key."""
         kept = self._kept.get(name)
         if kept is None:
             return {}
-        return {s: sums for (v, other, s), sums in kept.sums.items() if (v, other) == (version, shadow)}
+        return {s: sums for (v, other, s), sums in kept.once.items() if (v, other) == (version, shadow)}
 
     def rewards(self, name: str) -> dict[str, tuple[float, float]]:
         """By version of those that answer, the sum of the rewards and of what was missing to 1."""

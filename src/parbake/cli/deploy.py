@@ -71,7 +71,14 @@ _CANARY = "1%,5%,25%,100%"
     "--who", default="", metavar="NAME", help="Who releases it.  [default: the user of this machine]"
 )
 @click.option(
-    "--breaking", is_flag=True, help="Let changes pass that break the callers of the version before."
+    "--breaking",
+    is_flag=True,
+    help="Let changes pass that break the callers of the version before; --why stands in the history.",
+)
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Let a bundle without purpose or owner pass; --why stands in the history.",
 )
 @click.option(
     "--wait", is_flag=True, help="Return when the release has ended; exits with 1 if it was rolled back."
@@ -101,6 +108,7 @@ def command(
     segment: str,
     loss: Loss,
     breaking: bool,
+    force: bool,
     wait: bool,
     as_json: bool,
 ) -> None:
@@ -135,7 +143,7 @@ def command(
             Watch(output=output, segment=segment, loss=loss),
             who or user(),
             why,
-            tuple(dict.fromkeys(waive)),
+            tuple(dict.fromkeys((*waive, *(("metadata",) if force else ())))),
             breaking,
         )
     except (ValueError, msgspec.ValidationError) as error:

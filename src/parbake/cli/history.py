@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from datetime import UTC, datetime
@@ -91,7 +92,7 @@ def _what(event: Event) -> str:
         case "waiver":
             return f"waived {details['check']}"
         case "parameters":
-            return f"parameters, version {details['version']}"
+            return f"parameters, version {details['version']}{_changed(details)}"
         case "settings":
             return f"settings, revision {details['revision']}"
         case "lease.taken" | "lease.given_up":
@@ -100,3 +101,17 @@ def _what(event: Event) -> str:
             return f"verdict: {event.what.partition('.')[2].replace('_', ' ')}"
         case _:
             return event.what.removeprefix("release.").replace("_", " ")
+
+
+def _changed(details: dict[str, Any]) -> str:
+    """What is other than in the version before."""
+    before, now = details.get("before", {}), details.get("values", {})
+    changed = {
+        name: now.get(name)
+        for name in sorted({*before, *now})
+        if before.get(name) != now.get(name) and name != "release"
+    }
+    words = (
+        f"{name}={'as it began' if value is None else json.dumps(value)}" for name, value in changed.items()
+    )
+    return f": {', '.join(words)}" if changed else ""

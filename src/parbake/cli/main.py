@@ -28,7 +28,10 @@ COMMANDS: Final = {
     "bake": ("parbake.cli.bake", "Compute the predictions of many rows into a prediction table."),
     "serve": ("parbake.cli.serve", "Serve bundles over HTTP and gRPC."),
     "deploy": ("parbake.cli.deploy", "Release a version: gate, canary or shadow, judge."),
-    "release": ("parbake.cli.release", "Show how the release of a deployment stands."),
+    "release": (
+        "parbake.cli.release",
+        "Show how the release of a deployment stands, or change it as it runs.",
+    ),
     "promote": ("parbake.cli.promote", "Take the next step of a release by hand."),
     "rollback": ("parbake.cli.rollback", "Go back to the version before, at once."),
     "reload": ("parbake.cli.reload", "Put a new bundle or table under a running server."),

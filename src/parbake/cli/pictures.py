@@ -181,6 +181,14 @@ def write_picture(advice: Advice, path: Path) -> None:
     save(figure, path)
 
 
+def evidence_bar(share: float, columns: int = 10, plain: bool | None = None) -> str:
+    """How much of the evidence that is needed there is, as a bar with its percentage; ``plain`` uses ASCII only."""
+    simple = not sys.stdout.isatty() if plain is None else plain
+    share = min(max(share, 0.0), 1.0)
+    inner = _bar(share, columns, simple) if share >= 1 / (8 * columns) else ""
+    return f"{inner:<{columns}}|{100 * share:>4.0f} %"
+
+
 def new_figure(panels: int, height: float = 3.6) -> tuple[Any, Sequence[Any]]:
     """A figure with panels side by side, and the panels. Raises `MissingExtra`."""
     try:
@@ -208,7 +216,7 @@ def save(figure: Any, path: Path) -> None:
 def write_verdict(judge: Judge, path: Path) -> None:
     """Write what a verdict rests on as SVG or PNG: evidence over time, latencies now. Raises as `write_picture`."""
     if path.suffix.lower() not in (".svg", ".png"):
-        raise SettingsError(f"{path} is neither .svg nor .png", hint="--picture verdict.svg")
+        raise SettingsError(f"{path} is neither .svg nor .png", hint="--plot verdict.svg")
     verdict = judge.verdict()
     figure, (left, right) = new_figure(2)
     minutes = [point.seconds / 60 for point in judge.points]

@@ -33,6 +33,8 @@ def command(name: str, to: str, why: str, who: str, as_json: bool, **where: Any)
     if as_json:
         emit_json(status)
     else:
+        if status.note:
+            say(status.note)
         say(
             f"{name} is version {status.champion} again after {status.seconds:.2f} s; version {status.version} is out"
         )

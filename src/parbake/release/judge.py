@@ -13,17 +13,30 @@ from msgspec import Struct
 from parbake.errors import SettingsError
 from parbake.release.sequential import (
     EFFECTS,
+    SHARES,
     STAKES,
     Floats,
     bet_on_means,
+    bet_on_share,
     bet_on_shares,
     share_of_alpha,
     wealth,
 )
 from parbake.runtime.observation import LATENCY_EDGES_MS, Bins, Observation, empty
 
-FAMILIES: Final = {"failures": 0.25, "p50": 0.125, "p99": 0.125, "outputs": 0.25, "labels": 0.25}
+FAMILIES: Final = {
+    "failures": 0.2,
+    "rescued": 0.05,
+    "p50": 0.125,
+    "p99": 0.125,
+    "outputs": 0.25,
+    "labels": 0.25,
+}
 """What is watched, and its part of alpha."""
+_BY_KEY: Final = ("failures", "p50", "p99", "outputs")
+"""What counts each key once in each step."""
+_IN_PARTS: Final = ("failures", "outputs", "labels")
+"""What is compared for parts of the requests too: those of a turn, or of a segment."""
 QUANTILES: Final = {"p50": 0.5, "p99": 0.99}
 BEYOND: Final = (0.0, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5)
 """Margins of failures that are tested besides the stated one, so that "at least so much worse" can be said."""
@@ -164,6 +177,8 @@ class Judge(Struct, frozen=True):
     challenger: Observation = empty()
     tests: tuple[Test, ...] = ()
     seconds: float = 0.0
+    steps: int = 1
+    """Of the release: what counts each key once in each of them has such a part of alpha in each."""
     step_requests: int = 0
     step_base_requests: int = 0
     points: tuple[Point, ...] = ()
@@ -171,14 +186,38 @@ class Judge(Struct, frozen=True):
     """Seconds between points."""
 
     @classmethod
-    def start(cls, margins: Margins, bins: Bins | None = None) -> Judge:
+    def start(cls, margins: Margins, bins: Bins | None = None, steps: int = 1) -> Judge:
         """Before anything was seen; without ``bins`` outputs are not compared."""
-        tests = [_new(name, "", 0, margins, bins) for name in ("failures", "p50", "p99")]
-        return cls(margins, bins, tests=tuple(tests))
+        tests = [_new(name, "", 0, margins, bins, steps) for name in ("failures", "rescued", "p50", "p99")]
+        return cls(margins, bins, tests=tuple(tests), steps=steps)
 
     def next_step(self) -> Judge:
-        """After a promotion: evidence stays, requests of the step begin anew."""
-        return msgspec.structs.replace(self, step_requests=0, step_base_requests=0)
+        """After a promotion: requests begin anew, and keys do, so what counts each key once is judged by this step.
+
+        Bets that went on would be won twice by one key. What labels and pairs said stays.
+        """
+        tests = tuple(_anew(test) if test.name in _BY_KEY else test for test in self.tests)
+        return msgspec.structs.replace(self, tests=tests, step_requests=0, step_base_requests=0)
+
+    def with_margins(self, margins: Margins) -> Judge:
+        """Judge by other margins from now on: what they are about begins anew, as bets on other margins say nothing."""
+        before = self.margins
+        if margins == before:
+            return self
+        changed = {name for name in (*_BY_KEY, "loss") if getattr(margins, name) != getattr(before, name)}
+        changed |= {"rescued"} if "failures" in changed else set()
+        changed |= {"labels"} if "loss" in changed or margins.loss_bound != before.loss_bound else set()
+        places: dict[str, int] = {}
+        tests = []
+        for test in self.tests:
+            place = places[test.name] = places.get(test.name, -1) + 1
+            new = _new(test.name, test.segment, place, margins, self.bins, self.steps)
+            tests.append(
+                msgspec.structs.replace(new, base=test.base, own=test.own)
+                if test.name in changed
+                else msgspec.structs.replace(test, alpha=new.alpha)
+            )
+        return msgspec.structs.replace(self, margins=margins, tests=tuple(tests))
 
     def look(self, champion: Observation, challenger: Observation, seconds: float) -> tuple[Judge, Verdict]:
         """Take what both did since the last look, ``seconds`` after the start; what cannot be counts is left out.
@@ -285,6 +324,7 @@ class Judge(Struct, frozen=True):
     def _with_new_segments(self, champion: Observation, challenger: Observation) -> list[Test]:
         tests = list(self.tests)
         for name, one, other in (
+            ("failures", champion.tries, challenger.tries),
             ("outputs", champion.outputs, challenger.outputs),
             ("labels", champion.labels, challenger.labels),
         ):
@@ -292,7 +332,7 @@ class Judge(Struct, frozen=True):
                 continue
             known = {test.segment for test in tests if test.name == name}
             for segment in sorted({*one, *other} - known)[: MOST_SEGMENTS - len(known)]:
-                tests.append(_new(name, segment, len(known), self.margins, self.bins))
+                tests.append(_new(name, segment, len(known), self.margins, self.bins, self.steps))
                 known.add(segment)
         return tests
 
@@ -320,9 +360,13 @@ class Judge(Struct, frozen=True):
             while rejected < len(test.peaks) and test.peaks[rejected] >= test.needed:
                 rejected += 1
             at_least = self.margins.failures + BEYOND[rejected - 1] if rejected else None
-            words = f"failures {_percent(own)} against {_percent(base)}"
+            words = f"{_title(test)} {_percent(own)} against {_percent(base)}"
             if at_least is not None:
                 words += f": at least {100 * at_least:.2g} points worse"
+        elif test.name == "rescued":
+            words = f"{_percent(own)} fail and the champion answers the same" + (
+                f": more than {_percent(_most_rescued(self.margins))}, which chance can do" if harm else ""
+            )
         elif test.name in QUANTILES:
             margin = 100 * (self.margins.p50 if test.name == "p50" else self.margins.p99)
             words = f"{test.name} {own:.3g} ms against {base:.3g} ms" + (
@@ -344,7 +388,10 @@ class Judge(Struct, frozen=True):
 
     def _value(self, test: Test, seen: Observation) -> float:
         if test.name == "failures":
-            return seen.failures / seen.requests if seen.requests else 0.0
+            tries, failed = seen.tries.get(test.segment, (0, 0))
+            return failed / tries if tries else 0.0
+        if test.name == "rescued":
+            return seen.paired[1] / seen.paired[0] if seen.paired[0] else 0.0
         if test.name in QUANTILES:
             below = np.cumsum(_array(seen.latency)) if seen.latency else np.zeros(1)
             edge = LATENCY_EDGES_MS[int(np.searchsorted(below, QUANTILES[test.name] * below[-1]))]
@@ -364,7 +411,7 @@ class Judge(Struct, frozen=True):
 
 
 def _plain(seen: Observation) -> Observation:
-    return Observation(seen.requests, seen.failures, seen.latency)
+    return Observation(seen.requests, seen.failures, seen.latency, tries=seen.tries, paired=seen.paired)
 
 
 def _array(values: Counts) -> Floats:
@@ -386,6 +433,8 @@ def _hits(counts: Floats, bins: Bins) -> Floats:
 
 
 def _title(test: Test) -> str:
+    if test.name == "failures" and test.segment:
+        return f"failures of a key's {test.segment} request"
     segment = f" of {test.segment}" if test.segment else ""
     return f"{test.name}{segment}"
 
@@ -399,11 +448,16 @@ def _round(requests: float) -> str:
     return f"{math.ceil(requests / 10**digits) * 10**digits:,}"
 
 
-def _new(name: str, segment: str, place: int, margins: Margins, bins: Bins | None) -> Test:
-    alpha = margins.alpha * FAMILIES[name] * (share_of_alpha(place) if name in ("outputs", "labels") else 1.0)
+def _new(name: str, segment: str, place: int, margins: Margins, bins: Bins | None, steps: int) -> Test:
+    alpha = margins.alpha * FAMILIES[name] * (share_of_alpha(place) if name in _IN_PARTS else 1.0)
+    if name in _BY_KEY:
+        alpha /= steps
+    if name == "rescued":
+        return Test(name, segment, alpha, (0.0,) * len(SHARES), (0.0,))
     if name == "failures":
         nulls = sum(margins.failures + more < 0.95 for more in BEYOND)
-        inside = (0.0,) * len(EFFECTS)
+        # Promoting waits for the proof by first requests: of later ones there may never be enough.
+        inside = () if segment else (0.0,) * len(EFFECTS)
         return Test(name, segment, alpha, (0.0,) * (nulls * len(EFFECTS)), (0.0,) * nulls, inside)
     if name in QUANTILES:
         return Test(name, segment, alpha, (0.0,) * len(EFFECTS), (0.0,), (0.0,) * len(EFFECTS))
@@ -413,10 +467,25 @@ def _new(name: str, segment: str, place: int, margins: Margins, bins: Bins | Non
     return Test(name, segment, alpha, (0.0,) * (events * len(EFFECTS)), (0.0,))
 
 
+def _anew(test: Test) -> Test:
+    """The same test before any bet; what guesses are made of stays."""
+    return msgspec.structs.replace(
+        test,
+        logs=(0.0,) * len(test.logs),
+        peaks=(0.0,) * len(test.peaks),
+        inside=(0.0,) * len(test.inside),
+        inside_peak=0.0,
+        pending=((), ()),
+    )
+
+
 def _counts_of(test: Test, seen: Observation) -> Counts:
     """What a test counts of an observation; () where there is nothing."""
     if test.name == "failures":
-        return (seen.requests - seen.failures, seen.failures) if seen.requests else ()
+        tries, failed = seen.tries.get(test.segment, (0, 0))
+        return (tries - failed, failed) if tries else ()
+    if test.name == "rescued":
+        return seen.paired if seen.paired[0] else ()
     if test.name in QUANTILES:
         return seen.latency if any(seen.latency) else ()
     if test.name == "outputs":
@@ -433,6 +502,8 @@ def _sum(one: Counts, other: Counts) -> Counts:
 
 def _taken(test: Test, champion: Counts, challenger: Counts, margins: Margins, bins: Bins | None) -> Test:
     """The test with a window more, or with more waiting."""
+    if test.name == "rescued":
+        return _bet_rescued(test, challenger, margins) if challenger else test
     if not champion and not challenger:
         return test
     base, own = _sum(test.pending[0], champion), _sum(test.pending[1], challenger)
@@ -488,16 +559,27 @@ def guess_of_share(hits: Any, n: Any) -> Any:
     return (hits + 0.5) / (n + 50.0)
 
 
+def _most_rescued(margins: Margins) -> float:
+    """The chance that a request fails and the champion answers it is p (1 - q), with p at most q + ``failures``."""
+    return ((1 + margins.failures) / 2) ** 2
+
+
+def _bet_rescued(test: Test, own: Counts, margins: Margins) -> Test:
+    """Bet that more requests fail that the champion answers than could by chance, whatever the keys are like."""
+    n, hits = own
+    return _with_gains(test, bet_on_share(n, hits, _most_rescued(margins), _array(SHARES)))
+
+
 def _bet_failures(test: Test, base: Counts, own: Counts, margins: Margins) -> Test:
     before = test.base or (0.0, 0.0)
     guess = guess_of_share(before[1], sum(before))
     nulls = _array(tuple(margins.failures + more for more in BEYOND[: len(test.peaks)]))
     effects = _array(EFFECTS)
     theirs, ours = (sum(base), base[1]), (sum(own), own[1])
-    gains = bet_on_shares(*ours, *theirs, guess, nulls[:, None], effects)
-    return _with_inside(
-        _with_gains(test, gains), bet_on_shares(*theirs, *ours, guess, -margins.failures, effects)
-    )
+    test = _with_gains(test, bet_on_shares(*ours, *theirs, guess, nulls[:, None], effects))
+    if not test.inside:
+        return test
+    return _with_inside(test, bet_on_shares(*theirs, *ours, guess, -margins.failures, effects))
 
 
 def thresholds(base: Floats, quantile: float, margin: float) -> tuple[Any, Any]:

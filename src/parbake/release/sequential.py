@@ -21,6 +21,8 @@ EFFECTS: Final = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
 """How much worse than the margin, in shares, is betted on; an equal part of the money on each."""
 STAKES: Final = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7)
 """What is betted on losses, as a share of the most that can be."""
+SHARES: Final = (0.1, 0.3, 0.6, 0.9, 0.99)
+"""Where a share is held against the most that it may be: the shares that are betted on, from there (0) to all (1)."""
 _MOST: Final = 0.9
 """Of what it has, nobody loses more by one request."""
 _LEAST_RATE: Final = 1e-4
@@ -56,6 +58,17 @@ def bet_on_shares(
         + (base_n - base_hits) * np.log1p(b * q)
     )
     return np.where(both, gained, 0.0)
+
+
+def bet_on_share(n: Any, hits: Any, most: float, share: Any) -> Floats:
+    """Bet that ``hits`` of ``n`` come from a share above ``most``.
+
+    The likelihood ratio of the one that is ``share`` of the way from there to 1. Fair at best wherever each hit has,
+    given all before, a chance of at most ``most``, as the bet only grows with it.
+    """
+    above = most + (1 - most) * np.asarray(share, float)
+    gained: Floats = hits * np.log(above / most) + (n - hits) * np.log((1 - above) / (1 - most))
+    return gained
 
 
 def bet_on_means(

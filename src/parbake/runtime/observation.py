@@ -17,6 +17,9 @@ MOST_BINS: Final = 20
 
 _Value = TypeVar("_Value")
 
+TURNS: Final = {1: "", 10: "10th", 100: "100th", 1000: "1,000th", 10_000: "10,000th", 100_000: "100,000th"}
+"""Requests of a key whose failures are held against a version, with what they are called in `Observation.tries`."""
+
 Labels = tuple[int, float, float]
 """How many, sum of their losses, sum of the squares."""
 
@@ -33,12 +36,19 @@ class Observation(Struct, frozen=True):
     failures: int = 0
     """Of the requests: those that were answered with a fault of ours."""
     latency: tuple[int, ...] = ()
-    """Admitted requests by bucket (`LATENCY_EDGES_MS`); () where none was."""
+    """Admitted requests by bucket (`LATENCY_EDGES_MS`), one for each key; () where none was."""
     outputs: dict[str, tuple[int, ...]] = {}
-    """Segment to counts by bin of the watched output; "" is everything. Count one row of a request:
-    rows that came together are not independent."""
+    """Segment to counts by bin of the watched output; "" is everything. Count one row of a key:
+    rows that came together, and what repeats, are not independent."""
     labels: dict[str, Labels] = {}
-    """Segment to number, sum and sum of squares of the losses; count each within the deployment's bound."""
+    """Segment to number, sum and sum of squares of the losses; count each within the deployment's bound, and one for
+    each key."""
+    tries: dict[str, tuple[int, int]] = {}
+    """How many keys were asked for, and how many of these requests failed: "" for the first request of each key,
+    and by the names in `TURNS` for later ones."""
+    paired: tuple[int, int] = (0, 0)
+    """Requests that the champion would have been asked in place of this version, had it failed, and those that this
+    version failed and the champion answered."""
 
     def add(self, other: Observation) -> Observation:
         """Both whiles together."""
@@ -48,6 +58,8 @@ class Observation(Struct, frozen=True):
             _counts(self.latency, other.latency, 1),
             _joined(self.outputs, other.outputs, _counts, (), 1),
             _joined(self.labels, other.labels, _labels, (0, 0.0, 0.0), 1),
+            _joined(self.tries, other.tries, _pairs, (0, 0), 1),
+            _pairs(self.paired, other.paired, 1),
         )
 
     def minus(self, before: Observation) -> Observation:
@@ -58,12 +70,17 @@ class Observation(Struct, frozen=True):
             _counts(self.latency, before.latency, -1),
             _joined(self.outputs, before.outputs, _counts, (), -1),
             _joined(self.labels, before.labels, _labels, (0, 0.0, 0.0), -1),
+            _joined(self.tries, before.tries, _pairs, (0, 0), -1),
+            _pairs(self.paired, before.paired, -1),
         )
 
     def fault(self) -> str | None:
         """Why these cannot be counts of anything, or None where they can."""
         if self.requests < 0 or not 0 <= self.failures <= self.requests:
             return f"{self.failures:,} failures of {self.requests:,} requests"
+        for tries, failed in (*self.tries.values(), self.paired):
+            if not 0 <= failed <= tries:
+                return f"{failed:,} failures of {tries:,} keys"
         if any(count < 0 for count in self.latency) or len(self.latency) > len(LATENCY_EDGES_MS):
             return "latency counts that are negative or too many"
         for segment, counts in self.outputs.items():
@@ -84,6 +101,10 @@ def _counts(one: tuple[int, ...], other: tuple[int, ...], sign: int) -> tuple[in
     size = max(len(one), len(other))
     padded = (*one, *(0,) * (size - len(one)))
     return tuple(a + sign * b for a, b in zip(padded, (*other, *(0,) * (size - len(other))), strict=True))
+
+
+def _pairs(one: tuple[int, int], other: tuple[int, int], sign: int) -> tuple[int, int]:
+    return one[0] + sign * other[0], one[1] + sign * other[1]
 
 
 def _labels(one: Labels, other: Labels, sign: int) -> Labels:

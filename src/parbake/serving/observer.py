@@ -1,5 +1,20 @@
 """What one version did in one front, as those who judge it want to know: failures, latency, predictions by segment.
 
+Versions get keys by lot, and each key with all its requests. So the unit of all that is compared is the key, not the
+request: what repeats says nothing new of the version, and one key that many ask for, and that always fails, would make
+two equal versions look different. A key counts once:
+
+- latency and output by the answer to its first request;
+- its failure by its first request, apart from that by its 10th, by its 100th and so on (`TURNS`): a key that is asked
+  again after it failed adds nothing until then, and what fails only now and then, or only later, is still found. Each
+  of these is a comparison of its own.
+
+A key counts for the version that it came to first. Where the shares of the versions change, all keys begin anew, for
+both: a key that has moved must be held against one that has stayed, not against those that nobody asked for before.
+
+What few keys cannot say, pairs do (`Observation.paired`): where a version fails a request and the champion answers
+the same one, it was not the key.
+
 The hot path only keeps what it has in its hands; the counting is done in bulk (`Observer.fold`).
 """
 
@@ -19,9 +34,9 @@ from msgspec import Struct
 from parbake.contract.datatypes import INTEGERS, NUMPY
 from parbake.contract.model import TensorSpec
 from parbake.contract.tensors import Shape, split_bytes
-from parbake.runtime.observation import LATENCY_EDGES_MS, MOST_BINS, Bins, Observation
+from parbake.runtime.observation import LATENCY_EDGES_MS, MOST_BINS, TURNS, Bins, Observation
 from parbake.serving.model import Answer
-from parbake.serving.route import Column, Watch, first_row, watched, words
+from parbake.serving.route import Column, Watch, watched, words
 from parbake.serving.service import ServedVersion
 
 FOLD_AT: Final = 256
@@ -30,7 +45,7 @@ _FOLD_ROWS: Final = 16 * 1024
 _MOST_SEGMENTS: Final = 32
 LONGEST_ID: Final = 200
 _MOST_KEYS: Final = 200_000
-"""Keys that are known to have been counted; then all are forgotten."""
+"""Keys of which is known how often they were asked for; then only every second one is counted."""
 _MOST_WAITING: Final = 20_000
 """Predictions that wait to be told on."""
 
@@ -52,11 +67,43 @@ class Foretold(Struct, frozen=True, array_like=True):
     """Whether nobody was answered with it."""
 
 
+class KeyTurns:
+    """How often each key was asked for, in one front; of too many keys a part, by a hash apart from that of the lot.
+
+    ``turn`` is the number of this front and how many there are: each counts its part of the keys.
+    """
+
+    def __init__(self, turn: tuple[int, int] = (0, 1)) -> None:
+        self._turn = turn
+        self._asked: dict[int, int] = {}
+        """By hash of the key."""
+        self._left_out = 0
+        """Bits of which none is set in the hash of a key that counts."""
+
+    def next(self, key: bytes) -> int:
+        """The how-manieth request of its key this is; 0 where the key is none of those that count here."""
+        number, fronts = self._turn
+        if fronts > 1 and crc32(key) % fronts != number:
+            return 0
+        mark = hash(key)
+        if mark & self._left_out:
+            return 0
+        turn = self._asked.get(mark, 0) + 1
+        if turn == 1 and len(self._asked) >= _MOST_KEYS:
+            # Nobody is forgotten and counted again: that would be a key that counts twice.
+            self._left_out = out = 2 * self._left_out + 1
+            self._asked = {mark: turn for mark, turn in self._asked.items() if not mark & out}
+            if mark & out:
+                return 0
+        self._asked[mark] = turn
+        return turn
+
+
 class Observer:
     """Observes one version under one `Watch`.
 
-    ``turn`` is the number of this front and how many there are: each counts its part of the keys.
-    Raises `InvalidInput` or `SettingsError` where the version has no such output or column.
+    ``turns`` counts the requests of each key for all versions that share them out. Raises `InvalidInput` or
+    `SettingsError` where the version has no such output or column.
     """
 
     def __init__(
@@ -66,22 +113,22 @@ class Observer:
         bins: Bins,
         *,
         shadow: bool = False,
-        turn: tuple[int, int] = (0, 1),
+        turns: KeyTurns,
     ) -> None:
         self._served = served
-        self._turn = turn
-        self._seen: set[int] = set()
-        """Hashes of the keys whose answers were counted."""
+        self._turns = turns
         self._shadow = shadow
         self._watch = watch
         self._bins = bins
         self._output, self._spec = watched(served.contract, watch.output)
         self._column = Column(served.contract, watch.segment) if watch.segment else None
         self._requests = self._failures = 0
+        self._tries: dict[str, tuple[int, int]] = {}
+        self._paired = (0, 0)
         self._latency = np.zeros(len(LATENCY_EDGES_MS), np.int64)
         self._outputs: dict[str, npt.NDArray[np.int64]] = {"": np.zeros(bins.count, np.int64)}
         self._segments: dict[bytes, str] = {}
-        self._log: list[tuple[float, int, Sequence[bytes], Sequence[Shape], Answer, str]] = []
+        self._log: list[tuple[float, int, Sequence[bytes], Sequence[Shape], Answer, str, bool]] = []
         self._rows = 0
         self.foretold: deque[Foretold] = deque()
         self.untold = 0
@@ -92,10 +139,29 @@ class Observer:
         self.fold()
         self._served = served
 
-    def failed(self) -> None:
-        """A request was not answered."""
+    def failed(self, key: bytes) -> None:
+        """A request of this key was not answered."""
         self._requests += 1
         self._failures += 1
+        self._try(key, failed=True)
+        if self._shadow:
+            self.pair(saved=True)
+
+    def pair(self, *, saved: bool) -> None:
+        """A request that the champion is asked too where this version fails it, and whether it was, and answered.
+
+        A shadow is asked what the champion has answered: it counts these by itself, but not what the champion failed.
+        """
+        self._paired = self._paired[0] + 1, self._paired[1] + saved
+
+    def _try(self, key: bytes, *, failed: bool) -> bool:
+        """Count a request where it is one of those of its key that count; whether it is the first."""
+        turn = self._turns.next(key)
+        name = TURNS.get(turn)
+        if name is not None:
+            tries, failures = self._tries.get(name, (0, 0))
+            self._tries[name] = tries + 1, failures + failed
+        return turn == 1
 
     def answered(
         self,
@@ -105,9 +171,12 @@ class Observer:
         shapes: Sequence[Shape],
         answer: Answer,
         request_id: str,
+        key: bytes,
     ) -> None:
-        """A request was answered after so long."""
-        self._log.append((seconds, rows, raws, shapes, answer, request_id))
+        """A request of this key was answered after so long."""
+        if self._shadow:
+            self.pair(saved=False)
+        self._log.append((seconds, rows, raws, shapes, answer, request_id, self._try(key, failed=False)))
         self._rows += rows
         if len(self._log) >= FOLD_AT or self._rows >= _FOLD_ROWS:
             self.fold()
@@ -121,6 +190,8 @@ class Observer:
             tuple(self._latency.tolist()) if self._latency.any() else (),
             {segment: tuple(counts.tolist()) for segment, counts in self._outputs.items()},
             {},
+            dict(self._tries),
+            self._paired,
         )
 
     def fold(self) -> None:
@@ -129,16 +200,13 @@ class Observer:
         if not noted:
             return
         self._requests += len(noted)
-        # Versions get keys by lot, and each key with all its requests: what repeats says nothing new of the version,
-        # and a key that many ask for would make any two versions look different.
-        new = [self._is_new(item) for item in noted]
-        milliseconds = np.array([item[0] for item, first in zip(noted, new, strict=True) if first]) * 1e3
+        milliseconds = np.array([item[0] for item in noted if item[-1]]) * 1e3
         self._latency += np.bincount(
             np.searchsorted(LATENCY_EDGES_MS, milliseconds, side="left"), minlength=len(self._latency)
         )
         values: list[float | str] = []
         segments: list[str] = []
-        for (_, rows, raws, shapes, answer, request_id), first in zip(noted, new, strict=True):
+        for _, rows, raws, shapes, answer, request_id, first in noted:
             if not first and not self._watch.loss:
                 continue
             mine = self._values(answer, rows)
@@ -161,21 +229,6 @@ class Observer:
                 counts = self._outputs[segment] = np.zeros_like(self._outputs[""])
             inside = np.array([other == segment for other in segments])
             counts += np.bincount(places[inside], minlength=self._bins.count)
-
-    def _is_new(self, noted: tuple[float, int, Sequence[bytes], Sequence[Shape], Answer, str]) -> bool:
-        """Whether the key of the first row has not been here before, and is this front's to count."""
-        _, rows, raws, shapes, _, _ = noted
-        key = self._served.first_key(first_row(self._served.contract, raws, rows, shapes), tuple(shapes))
-        number, fronts = self._turn
-        if fronts > 1 and crc32(key) % fronts != number:
-            return False
-        mark = hash(key)
-        if mark in self._seen:
-            return False
-        if len(self._seen) >= _MOST_KEYS:
-            self._seen.clear()
-        self._seen.add(mark)
-        return True
 
     def _values(self, answer: Answer, rows: int) -> list[float | str]:
         """The watched value of each row: a number, or a class in words."""

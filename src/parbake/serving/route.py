@@ -109,6 +109,8 @@ class Watch(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True)
     """How a prediction is held against its label; "" where none are expected."""
     labels_s: Annotated[float, msgspec.Meta(gt=0)] = 24 * 3600.0
     """How long a label is waited for."""
+    step: int = 0
+    """Step of a release; where it changes, what is counted begins anew."""
 
 
 class Route(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

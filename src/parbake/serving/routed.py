@@ -18,7 +18,7 @@ from parbake.logs import log
 from parbake.runtime.batcher import Scheduler, Timer
 from parbake.serving.fallback import RESCUED, Asked
 from parbake.serving.model import Answer
-from parbake.serving.observer import Observer
+from parbake.serving.observer import KeyTurns, Observer
 from parbake.serving.route import NO_HINTS, Chooser, Hints, Route, Row, Watch, first_row
 from parbake.serving.service import ServedVersion
 from parbake.serving.shadow import Copy, ShadowCounts, Shadows
@@ -42,6 +42,8 @@ class Told:
     """By version and role: those who answer and those who shadow are asked different things."""
     turn: tuple[int, int] = (0, 1)
     """Number of this front, and how many there are."""
+    turns: dict[str, KeyTurns] = field(default_factory=dict)
+    """How often each key was asked for: of all who answer together (""), and of each shadow."""
     watch: Watch | None = None
     since: int = 0
     """Revision of the route at which it began to be watched like this."""
@@ -70,6 +72,7 @@ class Routed:
         told = self._told
         if (route.watch, route.since) != (told.watch, told.since):
             told.observers.clear()
+            told.turns.clear()
             told.watch, told.since = route.watch, route.since
         self.route = route
         self.versions = dict(versions)
@@ -97,6 +100,7 @@ class Routed:
     def predict(self, asked: Asked, done: Replied, hints: Hints = NO_HINTS, request_id: str = "") -> None:
         """Have a request answered; ``done`` is called once, now or later, with the version that answered or failed."""
         served, row = self.choose(asked, hints)
+        key = self.chooser.stuck_to(row, hints)
         route, observer = self.route, self.observer(served)
         rescues = route.rescue and served is not self.champion
         deadline = asked.deadline
@@ -113,18 +117,24 @@ class Routed:
                 timer.cancel()
             if isinstance(result, ParbakeError):
                 if observer is not None:
-                    observer.failed()
+                    observer.failed(key)
                 if rescues and isinstance(result, RESCUED) and not (asked.caller and asked.caller.closed):
-                    self._rescue(served, result, asked, done)
-                else:
-                    done(served, result)
+                    self._rescue(served, result, asked, done, observer)
+                    return
+                if observer is not None and rescues:
+                    observer.pair(saved=False)
+                done(served, result)
+                if served is self.champion and route.shadows:
+                    self._spare(row)
                 return
             done(served, result)
             try:
                 if observer is not None:
-                    self._observe(observer, asked, result, request_id)
+                    self._observe(observer, asked, result, request_id, key)
+                    if rescues:
+                        observer.pair(saved=False)
                 if route.shadows:
-                    self._mirror(served, row, asked, result)
+                    self._mirror(served, row, asked, result, key)
             except Exception:
                 # The caller has the answer.
                 log().exception("route.not_observed", deployment=route.deployment)
@@ -159,26 +169,40 @@ class Routed:
         found = told.observers.get((served.version, role))
         if found is None:
             found = told.observers[served.version, role] = Observer(
-                served, watch, watch.bins, shadow=role == "shadow", turn=told.turn
+                served,
+                watch,
+                watch.bins,
+                shadow=role == "shadow",
+                turns=told.turns.setdefault(served.version if role == "shadow" else "", KeyTurns(told.turn)),
             )
         return found
 
-    def _observe(self, observer: Observer, asked: Asked, answer: Answer, request_id: str) -> None:
+    def _observe(self, observer: Observer, asked: Asked, answer: Answer, request_id: str, key: bytes) -> None:
         if answer.fallback:
             # Something answered, but not this version.
-            observer.failed()
+            observer.failed(key)
         else:
             seconds = perf_counter() - asked.arrived
-            observer.answered(seconds, asked.raws, asked.rows, asked.shapes, answer, request_id)
+            observer.answered(seconds, asked.raws, asked.rows, asked.shapes, answer, request_id, key)
 
-    def _rescue(self, served: ServedVersion, error: ParbakeError, asked: Asked, done: Replied) -> None:
+    def _rescue(
+        self,
+        served: ServedVersion,
+        error: ParbakeError,
+        asked: Asked,
+        done: Replied,
+        observer: Observer | None,
+    ) -> None:
         """Have the champion answer in place of a version that failed."""
         champion = self.champion
         self._told.counts[served.version, "rescued"] += 1
         served.rescued(asked, error.code)
 
         def finished(result: Answer | ParbakeError) -> None:
-            if isinstance(result, Answer) and not result.fallback:
+            saved = isinstance(result, Answer) and not result.fallback
+            if observer is not None:
+                observer.pair(saved=saved)
+            if isinstance(result, Answer) and saved:
                 result.fallback = _CHAMPION
             done(champion, result)
 
@@ -196,12 +220,20 @@ class Routed:
                 asked.client,
             )
         except ParbakeError as refused:
-            done(champion, refused)
+            finished(refused)
             return
         if answer is not None:
             finished(answer)
 
-    def _mirror(self, served: ServedVersion, row: Row, asked: Asked, answer: Answer) -> None:
+    def _spare(self, row: Row) -> None:
+        """Count for the shadows that they are not asked what the champion failed."""
+        for version in self.chooser.shadows(row, self.champion.version):
+            shadow = self.versions.get(version)
+            observer = self.observer(shadow, "shadow") if shadow is not None else None
+            if observer is not None:
+                observer.pair(saved=False)
+
+    def _mirror(self, served: ServedVersion, row: Row, asked: Asked, answer: Answer, key: bytes) -> None:
         """Have the shadows asked the same, some time."""
         for version in self.chooser.shadows(row, served.version):
             counts = self._told.shadows.setdefault(version, ShadowCounts())
@@ -211,7 +243,7 @@ class Routed:
                 continue
             observer = self.observer(shadow, "shadow")
             self._shadows.offer(
-                Copy(shadow, asked.raws, asked.rows, asked.shapes, served, answer, counts, observer)
+                Copy(shadow, asked.raws, asked.rows, asked.shapes, served, answer, counts, key, observer)
             )
 
 

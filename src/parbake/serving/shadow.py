@@ -83,6 +83,8 @@ class Copy:
     champion: ServedVersion
     answer: Answer
     counts: ShadowCounts
+    key: bytes
+    """What the versions got it by."""
     observer: Observer | None
     """Told what the version said, and after how many seconds."""
 
@@ -166,11 +168,13 @@ class Shadows:
                 if isinstance(result, ParbakeError):
                     copy.counts.failed += 1
                     if observer is not None:
-                        observer.failed()
+                        observer.failed(copy.key)
                 else:
                     copy.counts.answered += 1
                     if observer is not None:
-                        observer.answered(ended - began, copy.raws, copy.rows, copy.shapes, result, "")
+                        observer.answered(
+                            ended - began, copy.raws, copy.rows, copy.shapes, result, "", copy.key
+                        )
                     compare(copy.champion.contract, copy.answer, result, copy.counts)
             except Exception:
                 log().exception("shadow.not_compared", deployment=served.name, version=served.version)

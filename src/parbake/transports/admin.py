@@ -10,7 +10,8 @@ GET    /admin/routes/NAME           how the requests of a deployment are shared 
 POST   /admin/routes/NAME           change it: ``{"route"}``, ``{"killed"}`` or ``{"remove": true}``, and ``revision``
 GET    /admin/releases/NAME         how the release of a deployment stands
 POST   /admin/releases/NAME         release a version: gate, canary, judge
-POST   /admin/releases/NAME/promote one step further; ``rollback`` goes back
+GET    /admin/releases/NAME/judge   all that its judge knows
+POST   /admin/releases/NAME/promote one step further; ``rollback`` goes back; ``parameters`` changes it as it runs
 POST   /admin/labels/NAME           labels, as ``POST /v2/models/NAME/labels`` on the serving port has them
 GET    /admin/traffic               cardinality, peakedness and coverage curve by deployment
 GET    /metrics                     as on the serving port
@@ -27,7 +28,7 @@ from dataclasses import dataclass
 import msgspec
 from msgspec import Struct
 
-from parbake.app.releases import Back, Releases, Wanted
+from parbake.app.releases import Back, Releases, TuningChange, Wanted
 from parbake.app.routes import RouteChange
 from parbake.app.supervisor import Change, Supervisor
 from parbake.errors import NotAllowed, ParbakeError, RouteNotFound, SettingsError
@@ -147,6 +148,13 @@ class _Admin:
                 back = decode_json(msgspec.json.Decoder(Back), exchange.body)
                 act = self._releases.promote if action == "promote" else self._releases.rollback
                 return msgspec.json.encode(await act(name, back)), JSON
+            case ["admin", "releases", name, "judge"]:
+                allow(exchange, b"GET")
+                return msgspec.json.encode(await self._releases.judge(name)), JSON
+            case ["admin", "releases", name, "parameters"]:
+                allow(exchange, b"POST")
+                tuning = decode_json(msgspec.json.Decoder(TuningChange), exchange.body)
+                return msgspec.json.encode(await self._releases.tune(name, tuning)), JSON
             case ["admin", "labels", name]:
                 allow(exchange, b"POST")
                 name, labels = read_labels(self._supervisor.contract, exchange.body, name)

@@ -19,8 +19,9 @@ from parbake.transports import statefile
 
 if TYPE_CHECKING:
     from parbake.app.inventory import ServerInventory
-    from parbake.app.releases import Back, ReleaseStatus, Wanted
+    from parbake.app.releases import Back, ReleaseStatus, TuningChange, Wanted
     from parbake.app.traffic import TrafficReport
+    from parbake.release.judge import Judge
     from parbake.transports.http.labels import GivenLabel
 
 _TIMEOUT_S: Final = 300.0
@@ -110,7 +111,25 @@ def rollback(
     return _release("POST", f"{name}/rollback", back, port=port, admin_url=admin_url, token=token)
 
 
-def _release(method: str, path: str, body: Wanted | Back | None, **where: Any) -> ReleaseStatus:
+def tune(
+    name: str, change: TuningChange, *, port: int | None = None, admin_url: str = "", token: str = ""
+) -> ReleaseStatus:
+    """Change parameters of a release under way. Raises `ServerNotFound`, `Conflict`, `SettingsError`."""
+    return _release("POST", f"{name}/parameters", change, port=port, admin_url=admin_url, token=token)
+
+
+def judge(name: str, *, port: int | None = None, admin_url: str = "", token: str = "") -> Judge:
+    """All that the judge of a release knows. Raises `ServerNotFound`, `ModelNotFound`, `Conflict`, `NotFound`."""
+    # It needs libraries that take their time to import.
+    from parbake.release.judge import Judge
+
+    reply = _call("GET", f"/admin/releases/{name}/judge", None, port=port, admin_url=admin_url, token=token)
+    return msgspec.json.decode(reply, type=Judge)
+
+
+def _release(
+    method: str, path: str, body: Wanted | Back | TuningChange | None, **where: Any
+) -> ReleaseStatus:
     # It needs libraries that take their time to import.
     from parbake.app.releases import ReleaseStatus
 

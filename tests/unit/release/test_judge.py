@@ -18,7 +18,8 @@ from parbake.cli.pictures import write_verdict
 from parbake.errors import SettingsError
 from parbake.release.judge import MOST_SEGMENTS, Decision, Judge, Margins, Verdict, thresholds
 from parbake.release.sequential import EFFECTS, STAKES, bet_on_means, bet_on_shares, share_of_alpha, wealth
-from parbake.runtime.observation import LATENCY_EDGES_MS, Bins, Observation, empty, latency_bucket
+from parbake.runtime.observation import LATENCY_EDGES_MS, TURNS, Bins, Observation, empty, latency_bucket
+from parbake.serving.observer import KeyTurns
 
 BINS = Bins(edges=(0.25, 0.5, 0.75))
 RATE = st.floats(0.0005, 0.999)
@@ -40,12 +41,15 @@ def seen(
     at = np.bincount(np.array([latency_bucket(float(value)) for value in ms], np.int64))
     outputs = tuple(np.bincount(np.searchsorted(BINS.edges, values), minlength=5).tolist())
     total = float(losses.sum())
+    failed = int(random.binomial(requests, failures))
     return Observation(
         requests,
-        int(random.binomial(requests, failures)),
+        failed,
         tuple(int(count) for count in at),
         {"": outputs},
         {"": (requests, total, total)},
+        {"": (requests, failed)},
+        (requests, failed),
     )
 
 
@@ -164,7 +168,107 @@ def test_a_good_one_is_promoted_after_its_requests_and_each_step_asks_again() ->
         judge, verdict = judge.look(seen(random, 90), seen(random, 10), second)
     assert verdict.decision is Decision.PROMOTE
     assert judge.next_step().verdict().decision is Decision.HOLD
-    assert judge.next_step().tests == judge.tests
+    # Keys count anew in each step, so what was bet on them does not go on; what labels said does.
+    anew, before = judge.next_step().tests, judge.tests
+    assert [(test.name, test.segment, test.alpha, test.base) for test in anew] == [
+        (test.name, test.segment, test.alpha, test.base) for test in before
+    ]
+    assert all(any(test.logs) for test in before)
+    assert {test.name for test in anew if any(test.logs)} == {"labels", "rescued"}
+
+
+def test_other_margins_hold_from_then_on_and_keep_what_they_are_not_about() -> None:
+    judge, _ = released(3, 100)
+    other = judge.with_margins(Margins(p99=0.3, alpha=0.02))
+    assert {test.name for test in other.tests if not any(test.logs)} == {"p99"}
+    assert [test.alpha for test in other.tests] == pytest.approx([2 * test.alpha for test in judge.tests])
+    assert judge.with_margins(judge.margins) is judge
+    # Harm that is within the margin now is none.
+    judge, verdict = released(7, 200, Margins(failures=0.2), failures=0.1)
+    assert verdict.decision is not Decision.ROLL_BACK
+    random = np.random.default_rng(7)
+    judge = judge.with_margins(Margins())
+    for second in range(200, 500):
+        judge, verdict = judge.look(seen(random, 90), seen(random, 10, failures=0.1), second)
+    assert "failures" in verdict.reason
+    assert verdict.decision is Decision.ROLL_BACK
+
+
+def test_what_counts_each_key_in_each_step_has_a_part_of_alpha_in_each() -> None:
+    both = seen(np.random.default_rng(1), 9)
+    one, four = (Judge.start(Margins(), BINS, steps).look(both, both, 1)[0] for steps in (1, 4))
+    alphas = [(a.name, b.alpha / a.alpha) for a, b in zip(one.tests, four.tests, strict=True)]
+    assert dict(alphas) == {
+        "failures": 0.25, "rescued": 1.0, "p50": 0.25, "p99": 0.25, "outputs": 0.25, "labels": 1.0,
+    }  # fmt: skip
+
+
+def zipf_canary(random: np.random.Generator, *, once: bool, rate: float = 0.0) -> Verdict:
+    """A canary of 20 %, where one key in twenty always fails in both versions; ``rate``: of requests that the
+    challenger alone fails. ``once`` counts as fronts do, else each request counts."""
+    keys, requests = 3000, 600
+    popular = 1 / np.arange(1, keys + 1) ** 1.2
+    popular /= popular.sum()
+    fails, moved = random.random(keys) < 0.05, random.random(keys) < 0.2
+    turns = KeyTurns()
+    judge = Judge.start(Margins(failures=0.0, requests=10**9))
+    verdict = judge.verdict()
+    for second in range(20):
+        counts = {False: {"": [0, 0]}, True: {"": [0, 0]}}
+        paired = [0, 0]
+        for key in random.choice(keys, requests, p=popular).tolist():
+            mine, alone = bool(moved[key]), bool(moved[key]) and random.random() < rate
+            if mine:
+                paired[0] += 1
+                paired[1] += alone and not fails[key]
+            turn = TURNS.get(turns.next(key.to_bytes(4, "big"))) if once else ""
+            if turn is not None:
+                found = counts[mine].setdefault(turn, [0, 0])
+                found[0] += 1
+                found[1] += bool(fails[key]) or alone
+        both = [
+            Observation(requests, tries={turn: (n, failed) for turn, (n, failed) in counts[mine].items()})
+            for mine in (False, True)
+        ]
+        judge, verdict = judge.look(
+            both[0], msgspec.structs.replace(both[1], paired=(paired[0], paired[1])), second
+        )
+        if verdict.decision is Decision.ROLL_BACK:
+            break
+    return verdict
+
+
+def test_a_key_that_always_fails_in_both_versions_is_no_harm_however_often_it_is_asked_for() -> None:
+    random = np.random.default_rng(4)
+    once = [zipf_canary(random, once=True).decision for _ in range(20)]
+    assert Decision.ROLL_BACK not in once
+    # Were each request counted, a popular key would be enough.
+    each = [zipf_canary(random, once=False).decision for _ in range(10)]
+    assert each.count(Decision.ROLL_BACK) >= 2
+
+
+def test_a_version_that_fails_everything_or_now_and_then_is_found_in_peaked_traffic() -> None:
+    for rate, test in ((1.0, "rescued"), (0.2, "failures")):
+        verdict = zipf_canary(np.random.default_rng(5), once=True, rate=rate)
+        assert verdict.decision is Decision.ROLL_BACK
+        assert verdict.evidence[0].test == test
+
+
+def test_a_version_that_fails_the_only_key_that_the_champion_answers_is_found_soon() -> None:
+    judge = Judge.start(Margins())
+    verdict, needed = judge.verdict(), 0
+    while verdict.decision is not Decision.ROLL_BACK and needed < 10:
+        needed += 1
+        judge, verdict = judge.look(empty(), Observation(1, 1, paired=(1, 1)), needed)
+    assert verdict.decision is Decision.ROLL_BACK
+    assert "fail and the champion answers the same" in verdict.reason
+    # Half of the requests of a key that fails half of the time in both versions: a quarter.
+    judge = Judge.start(Margins())
+    random = np.random.default_rng(1)
+    for second in range(200):
+        saved = int(random.binomial(50, 0.25))
+        judge, verdict = judge.look(empty(), Observation(50, 25, paired=(50, saved)), second)
+        assert verdict.decision is not Decision.ROLL_BACK
 
 
 def test_proof_waits_until_it_is_sure_and_says_how_long() -> None:
@@ -183,7 +287,7 @@ def test_without_data_it_holds() -> None:
     same, verdict = judge.look(empty(), empty(), 1)
     assert verdict.reason == "the challenger has had no requests in this step"
     assert same.tests == judge.tests
-    judge, verdict = judge.look(empty(), seen(np.random.default_rng(1), 5000, failures=1.0), 2)
+    judge, verdict = judge.look(empty(), seen(np.random.default_rng(1), 5000, failures=0.0), 2)
     assert verdict.reason == "the champion has had no requests in this step"
 
 

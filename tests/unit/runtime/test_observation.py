@@ -27,6 +27,8 @@ OBSERVATIONS = st.builds(
     COUNTS,
     st.dictionaries(SEGMENTS, COUNTS),
     st.dictionaries(SEGMENTS, st.tuples(st.integers(0, 50), WHOLE, WHOLE)),
+    st.dictionaries(SEGMENTS, st.tuples(st.integers(0, 50), st.integers(0, 50))),
+    st.tuples(st.integers(0, 50), st.integers(0, 50)),
 )
 
 
@@ -60,6 +62,8 @@ def test_every_latency_has_the_bucket_that_its_edges_say(ms: float) -> None:
 
 def test_a_counter_that_fell_is_told_from_counts() -> None:
     assert Observation(3, 1).minus(Observation(10, 4)).fault() == "-3 failures of -7 requests"
+    assert Observation(tries={"": (3, 4)}).fault() == "4 failures of 3 keys"
+    assert Observation(paired=(0, -1)).fault() is not None
     assert Observation(10, 1, labels={"": (1, math.nan, 0.0)}).fault() is not None
     assert Observation(10, 1, (4, 6), {"": (3, 7)}, {"": (2, 1.0, 1.0)}).fault() is None
 

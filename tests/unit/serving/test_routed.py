@@ -23,7 +23,7 @@ from parbake.runtime.observation import LATENCY_EDGES_MS, Bins, latency_bucket
 from parbake.runtime.session import Session
 from parbake.serving.fallback import Asked
 from parbake.serving.model import Answer
-from parbake.serving.observer import Foretold, Observer, default_bins, places_of
+from parbake.serving.observer import Foretold, KeyTurns, Observer, default_bins, places_of
 from parbake.serving.route import Arm, Route, Shadow, Watch
 from parbake.serving.routed import Routed, Told
 from parbake.serving.service import ServedVersion
@@ -254,20 +254,23 @@ def test_what_an_observer_counts_is_what_was_answered(rows: list[tuple[float, fl
         "eta", "1", contract, "", mode="dynamic", table=None, batcher=None, deadline_s=1.0, stats=Stats()
     )
     bins = Bins((10.0, 50.0))
-    observer = Observer(served, Watch(segment="kind", loss="squared"), bins)
+    observer = Observer(served, Watch(segment="kind", loss="squared"), bins, turns=KeyTurns())
     for n, row in enumerate(rows):
         answer = Answer([struct.pack("<f", row[0])], [(1,)], 1)
-        observer.answered(0.001, [struct.pack("<2f", *row)], 1, [(2,)], answer, f"r{n}")
+        raws = [struct.pack("<2f", *row)]
+        observer.answered(0.001, raws, 1, [(2,)], answer, f"r{n}", served.first_key(raws, ((2,),)))
     # One request of all rows, and one that failed.
     everything = struct.pack(f"<{2 * len(rows)}f", *(value for row in rows for value in row))
     answers = Answer([struct.pack(f"<{len(rows)}f", *(row[0] for row in rows))], [(1,)], len(rows))
-    observer.answered(10.0, [everything], len(rows), [(2,)], answers, "all")
-    observer.failed()
+    key = served.first_key([struct.pack("<2f", *rows[0])], ((2,),))
+    observer.answered(10.0, [everything], len(rows), [(2,)], answers, "all", key)
+    observer.failed(b"another")
     seen = observer.observation()
     assert (seen.requests, seen.failures) == (len(rows) + 2, 1)
     # Once a key: the request with all rows has the key of its first, which was here before.
     new = {served.first_key([struct.pack("<2f", *row)], ((2,),)): row for row in reversed(rows)}
     assert sum(seen.latency) == len(new)
+    assert seen.tries[""] == (len(new) + 1, 1)
     assert len(seen.latency) == len(LATENCY_EDGES_MS)
     assert seen.latency[latency_bucket(1)] == len(new)
     assert seen.fault() is None
@@ -284,17 +287,95 @@ def test_what_an_observer_counts_is_what_was_answered(rows: list[tuple[float, fl
 def test_of_several_fronts_each_counts_its_part_of_the_keys(tmp_path: Path) -> None:
     served = Deployment(tmp_path).versions["1"]
     fronts = [
-        Observer(served, Watch(), Bins((10.0, 50.0)), turn=(number, fronts))
+        Observer(served, Watch(), Bins((10.0, 50.0)), turns=KeyTurns((number, fronts)))
         for number, fronts in ((0, 1), (0, 3), (1, 3), (2, 3))
     ]
     for n in range(100):
         answer = Answer([struct.pack("<2f", n, n)], [(2,)], 1)
         for observer in fronts:
-            observer.answered(0.001, [struct.pack("<2f", n % 60, 1)], 1, [(2,)], answer, "")
+            raws = [struct.pack("<2f", n % 60, 1)]
+            observer.answered(0.001, raws, 1, [(2,)], answer, "", served.first_key(raws, ((2,),)))
+            if n % 60 < 20:
+                observer.failed(served.first_key(raws, ((2,),)))
     whole, *parts = [observer.observation() for observer in fronts]
     assert sum(whole.outputs[""]) == 60
     assert all(0 < sum(part.outputs[""]) < 60 for part in parts)
     assert tuple(map(sum, zip(*(part.outputs[""] for part in parts), strict=True))) == whole.outputs[""]
+    assert whole.tries == {"": (60, 0)}
+    assert sum(part.tries[""][0] for part in parts) == 60
+
+
+def test_a_key_that_is_asked_for_again_counts_again_at_its_tenth_and_hundredth_request(
+    tmp_path: Path,
+) -> None:
+    observer = Observer(Deployment(tmp_path).versions["1"], Watch(), Bins((10.0, 50.0)), turns=KeyTurns())
+    for n in range(250):
+        # One fails always, one from its fifth request on, and one only with its first.
+        observer.failed(b"always")
+        for key, failed in ((b"later", n >= 5), (b"first", n == 0)):
+            if failed:
+                observer.failed(key)
+            else:
+                answer = Answer([bytes(8)], [(2,)], 1)
+                observer.answered(0.001, [bytes(8)], 1, [(2,)], answer, "", key)
+    seen = observer.observation()
+    assert seen.requests == 750
+    assert seen.tries == {"": (3, 2), "10th": (3, 2), "100th": (3, 2)}
+    assert sum(seen.latency) == sum(seen.outputs[""]) == 1
+
+
+def test_of_more_keys_than_can_be_kept_a_part_counts_and_each_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("parbake.serving.observer._MOST_KEYS", 100)
+    turns = KeyTurns()
+    keys = [n.to_bytes(4, "big") for n in range(2000)]
+    first = [key for key in keys if turns.next(key) == 1]
+    assert 100 <= len(first) < 1000
+    # Whoever comes again is known, or left out for good.
+    assert [key for key in keys if turns.next(key) == 1] == []
+
+
+def test_a_key_counts_for_the_version_that_it_came_to_first_and_anew_in_each_step(tmp_path: Path) -> None:
+    there = Deployment(tmp_path, watch=Watch(bins=Bins((5.0,))))
+    for n in range(40):
+        there.ask(n, 1)
+    for step in (0, 1):
+        there.use(0.5, 0.5, watch=Watch(bins=Bins((5.0,)), step=step), revision=step, since=step)
+        for n in range(40):
+            there.ask(n, 1)
+        counted = [
+            observer.observation().tries.get("", (0, 0))[0] for observer in there.told.observers.values()
+        ]
+        # In step 0 it is watched as before, so what has moved is known from version 1.
+        assert sum(counted) == 40
+        assert (len(counted) == 2 and min(counted) > 0) == bool(step)
+
+
+def test_what_a_version_fails_and_the_champion_answers_counts_whatever_the_key(tmp_path: Path) -> None:
+    there = Deployment(tmp_path, watch=Watch(bins=Bins((5.0,))))
+    there.use(0.0, 1.0, watch=Watch(bins=Bins((5.0,))))
+    there.ask(1, 2)
+    there.models["2"].error = ModelFailed("no")
+    for _ in range(9):
+        assert there.factor(1, 2) == 2
+    there.models["1"].error = ModelFailed("no")
+    there.ask(1, 2)
+    seen = there.told.observers["2", "answers"].observation()
+    assert seen.paired == (11, 9)
+    assert (seen.requests, seen.failures) == (11, 10)
+    # The 10th request of this key has failed; its first has not.
+    assert seen.tries == {"": (1, 0), "10th": (1, 1)}
+
+
+def test_a_shadow_is_not_held_against_what_the_champion_fails_too(tmp_path: Path) -> None:
+    there = Deployment(tmp_path, shadows=(Shadow("2"),), watch=Watch(bins=Bins((5.0,))))
+    there.models["2"].error = ModelFailed("no")
+    there.ask(1, 2)
+    there.rest()
+    there.models["1"].error = ModelFailed("no")
+    for _ in range(3):
+        there.ask(1, 2)
+    there.rest()
+    assert there.told.observers["2", "shadow"].observation().paired == (4, 1)
 
 
 def test_what_is_told_on_can_be_written_as_json(tmp_path: Path) -> None:
@@ -341,9 +422,9 @@ def test_many_values_are_placed_as_each_of_them_is(values: list[float], edges: l
 def test_a_watch_for_what_is_not_there_is_refused(tmp_path: Path) -> None:
     there = Deployment(tmp_path)
     with pytest.raises(InvalidInput, match="no output 'z'"):
-        Observer(there.versions["1"], Watch(output="z"), Bins((1.0,)))
+        Observer(there.versions["1"], Watch(output="z"), Bins((1.0,)), turns=KeyTurns())
     with pytest.raises(SettingsError, match="no column 'age'"):
-        Observer(there.versions["1"], Watch(segment="age"), Bins((1.0,)))
+        Observer(there.versions["1"], Watch(segment="age"), Bins((1.0,)), turns=KeyTurns())
 
 
 def test_answers_are_compared_within_the_tolerance_of_the_contract() -> None:

@@ -1,0 +1,123 @@
+"""The store of releases as a server uses it: opened late, away for a while, with what is still to be written down.
+
+What protects callers happens in the fronts first and is written down as soon as the store takes it. Such an entry is
+*owed*: it looks at the store again when its turn comes, so it may be tried however often.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from parbake.app.state import STATE_FILE, open_state, state_dir
+from parbake.errors import ParbakeError, StateAway
+from parbake.logs import log
+from parbake.settings import Settings
+
+if TYPE_CHECKING:
+    from parbake.release.state import State
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class Owed:
+    """Something that has happened and that the history does not know yet."""
+
+    deployment: str
+    what: str
+    verb: Callable[[State], object]
+
+
+class Ledger:
+    """The store of one server. Who never released anything pays nothing for it, not even an import."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._state: State | None = None
+        self._owed: list[Owed] = []
+        self._paying = asyncio.Lock()
+        self.away_since = 0.0
+        """Unix time from which on the store has not answered; 0 while it does."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the store was reached once."""
+        return self._state is not None
+
+    @property
+    def is_there(self) -> bool:
+        """Whether there is a store to open, as far as one can say without opening it."""
+        settings = self._settings
+        return bool(settings.release.store) or (state_dir(settings) / STATE_FILE).exists()
+
+    async def open(self, *, create: bool = True) -> None:
+        """Open it, if it is not. Raises as `open_state`."""
+        if self._state is None:
+            try:
+                self._state = await asyncio.to_thread(open_state, self._settings, create=create)
+            except StateAway as error:
+                self._is_away(error)
+                raise
+            self._is_back()
+
+    async def ask(self, verb: Callable[[State], _T]) -> _T:
+        """One verb of the store, in a thread: it may wait. Raises `StateAway` and what the verb raises."""
+        await self.open()
+        assert self._state is not None
+        try:
+            answer = await asyncio.to_thread(verb, self._state)
+        except StateAway as error:
+            self._is_away(error)
+            raise
+        self._is_back()
+        return answer
+
+    async def note(self, owed: Owed) -> bool:
+        """Write something down, now or when the store is back; whether it is written. Raises nothing."""
+        self._owed.append(owed)
+        await self.pay()
+        return owed not in self._owed
+
+    def owes(self, deployment: str) -> bool:
+        """Whether something about a deployment is still to be written down."""
+        return any(owed.deployment == deployment for owed in self._owed)
+
+    async def pay(self) -> None:
+        """Write down what is owed, in its order, as far as the store takes it. Raises nothing."""
+        async with self._paying:
+            while self._owed:
+                owed = self._owed[0]
+                try:
+                    await self.ask(owed.verb)
+                except StateAway:
+                    return
+                except ParbakeError as error:
+                    # It will not be right the next time either, and others wait behind it.
+                    log().error(
+                        "release.not_written", deployment=owed.deployment, what=owed.what, error=error.message
+                    )
+                else:
+                    log().info("release.written", deployment=owed.deployment, what=owed.what)
+                self._owed.pop(0)
+
+    async def close(self) -> None:
+        """Write down what is owed, and close."""
+        await self.pay()
+        for owed in self._owed:
+            log().error("release.not_written", deployment=owed.deployment, what=owed.what)
+        if self._state is not None:
+            await asyncio.to_thread(self._state.close)
+
+    def _is_away(self, error: StateAway) -> None:
+        if not self.away_since:
+            self.away_since = time.time()
+            log().error("releases.store_away", error=error.message)
+
+    def _is_back(self) -> None:
+        if self.away_since:
+            log().info("releases.store_back", seconds=round(time.time() - self.away_since, 1))
+            self.away_since = 0.0
