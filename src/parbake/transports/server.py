@@ -15,6 +15,7 @@ from typing import Final
 
 import msgspec
 
+from parbake.app.controller import Controller
 from parbake.app.releases import Releases
 from parbake.app.supervisor import Supervisor
 from parbake.errors import ParbakeError, SettingsError
@@ -82,7 +83,7 @@ async def _run(settings: Settings, on_ready: Callable[[Running], None]) -> int:
         )
     folder = _socket_folder()
     supervisor = Supervisor(settings, folder)
-    releases = Releases(supervisor)
+    controller = Controller(supervisor)
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     hurry = asyncio.Event()
@@ -115,8 +116,8 @@ async def _run(settings: Settings, on_ready: Callable[[Running], None]) -> int:
             supervisor.end_now()
             return 0
         await starting
-        await releases.start()
-        admin = await serve_admin(supervisor, releases, settings.server)
+        await controller.start()
+        admin = await serve_admin(supervisor, Releases(controller), settings.server)
         running = Running(
             pid=os.getpid(),
             host=settings.server.host,
@@ -131,7 +132,7 @@ async def _run(settings: Settings, on_ready: Callable[[Running], None]) -> int:
         on_ready(running)
         await stopping
         log().info("server.draining")
-        releases.stop()
+        controller.stop()
         draining = asyncio.ensure_future(supervisor.stop())
         hurrying = asyncio.ensure_future(hurry.wait())
         await asyncio.wait({draining, hurrying}, return_when=asyncio.FIRST_COMPLETED)
@@ -142,11 +143,11 @@ async def _run(settings: Settings, on_ready: Callable[[Running], None]) -> int:
             return 130
         await draining
         # Behind everything that callers wait for: the store may take its time.
-        await releases.close()
+        await controller.close()
         admin.close()
         return 0
     except BaseException:
-        releases.stop()
+        controller.stop()
         await supervisor.stop(drain=False)
         raise
     finally:

@@ -17,7 +17,16 @@ from hypothesis import strategies as st
 from parbake.cli.pictures import write_verdict
 from parbake.errors import SettingsError
 from parbake.release.judge import MOST_SEGMENTS, Decision, Judge, Margins, Verdict, thresholds
-from parbake.release.sequential import EFFECTS, STAKES, bet_on_means, bet_on_shares, share_of_alpha, wealth
+from parbake.release.sequential import (
+    EFFECTS,
+    SHARES,
+    STAKES,
+    bet_on_means,
+    bet_on_share,
+    bet_on_shares,
+    share_of_alpha,
+    wealth,
+)
 from parbake.runtime.observation import LATENCY_EDGES_MS, TURNS, Bins, Observation, empty, latency_bucket
 from parbake.serving.observer import KeyTurns
 
@@ -105,6 +114,15 @@ def test_more_failures_of_the_challenger_never_speak_for_it(n: int, base_n: int,
     base_hits = data.draw(st.integers(0, base_n))
     logs = [bet_on_shares(n, hits, base_n, base_hits, 0.02, 0.005, 0.02) for hits in range(n + 1)]
     assert all(a < b for a, b in pairwise(logs))
+
+
+@given(st.floats(0.01, 0.9), st.floats(0, 1), st.sampled_from(SHARES))
+def test_a_bet_on_one_share_is_fair_at_best(most: float, below: float, share: float) -> None:
+    chance = below * most
+    miss, hit = (float(bet_on_share(1, hits, most, share)) for hits in (0, 1))
+    assert chance * math.exp(hit) + (1 - chance) * math.exp(miss) <= 1 + 1e-9
+    assert bet_on_share(1, 1, most, share) > 0
+    assert bet_on_share(7, 3, most, share) == pytest.approx(3 * hit + 4 * miss)
 
 
 def test_one_may_look_after_every_window() -> None:

@@ -1,0 +1,54 @@
+"""What is written behind --set, and how evidence looks in a terminal."""
+
+from __future__ import annotations
+
+import click
+import pytest
+
+from parbake.app.releases import TuningChange
+from parbake.app.trial import Tuning, tuned, tuning_of
+from parbake.cli.pictures import evidence_bar
+from parbake.cli.release import _change
+from parbake.errors import SettingsError
+from parbake.release.judge import Margins
+from parbake.release.model import Parameters
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "value"),
+    [
+        ("every=10m", "every_s", 600.0), ("every=90", "every_s", 90.0), ("hold=on", "hold", True),
+        ("kill=off", "kill", False), ("p99=0.2", "p99", 0.2), ("p99=", "p99", None), ("requests=50", "requests", 50),
+    ],
+)  # fmt: skip
+def test_parameters_are_read_as_they_are_written(text: str, name: str, value: float | bool | None) -> None:
+    assert _change(text) == (name, value)
+    TuningChange(dict([_change(text)]))
+
+
+@pytest.mark.parametrize("text", ["p99", "p99=much", "every=soon", "hold=perhaps"])
+def test_what_is_no_parameter_is_refused_with_an_example(text: str) -> None:
+    with pytest.raises(click.UsageError, match="p99=0.2"):
+        _change(text)
+
+
+def test_parameters_are_for_the_release_that_they_were_set_for_and_hold_stays() -> None:
+    none = Parameters("eta", 0, {})
+    first = Parameters("eta", 1, tuned(none, 7, {"hold": True, "p99": 0.3}))
+    assert tuning_of(first, 7) == Tuning(hold=True, p99=0.3)
+    assert tuning_of(first, 8) == Tuning(hold=True)
+    second = Parameters("eta", 2, tuned(first, 7, {"p99": None, "every_s": 5}))
+    assert tuning_of(second, 7) == Tuning(hold=True, every_s=5)
+    assert tuning_of(second, 7).margins(Margins(p50=0.4)) == Margins(p50=0.4)
+    assert tuning_of(first, 7).margins(Margins(p50=0.4)) == Margins(p50=0.4, p99=0.3)
+    for wrong in ({"p98": 1}, {"every_s": -1}, {"timeout_ms": 0}, {"hold": "yes"}):
+        with pytest.raises(SettingsError, match="cannot be"):
+            tuned(none, 7, wrong)
+    with pytest.raises(SettingsError, match="alpha"):
+        Tuning(alpha=2).margins(Margins())
+
+
+def test_evidence_is_a_bar_that_is_legible_without_colours() -> None:
+    assert evidence_bar(0.5, plain=True) == "#####     |  50 %"
+    assert evidence_bar(-3.0, plain=True) == "          |   0 %"
+    assert evidence_bar(7.0, plain=False) == "██████████| 100 %"
