@@ -22,7 +22,7 @@ from parbake.app.ledger import Ledger, Owed
 from parbake.app.routes import RouteChange
 from parbake.app.supervisor import Arranged, Supervisor
 from parbake.app.trial import Trial, record_of, tuning_of
-from parbake.errors import ParbakeError, StateAway
+from parbake.errors import Conflict, ParbakeError, StateAway
 from parbake.logs import log
 from parbake.release.judge import Decision, Judge, Verdict
 from parbake.release.model import OPEN, Parameters, Proposal, Release
@@ -206,9 +206,11 @@ class Controller:
         if found.revision == before.revision:
             return True
         if found.state not in OPEN:
-            trial.over = True
-            self.trials.pop(trial.name, None)
+            # Where this fails it is tried again: until then it is a trial.
             await self._settle(trial.name)
+            trial.over = True
+            if self.trials.get(trial.name) is trial:
+                del self.trials[trial.name]
             log().info("release.followed", deployment=trial.name, version=trial.version, state=found.state)
             return False
         if trial.lease is None:
@@ -306,9 +308,15 @@ class Controller:
         """Everything to the champion, at once; then it is written down, when the store is there."""
         trial.over = True
         name = trial.name
+        champion = (self.supervisor.arranged(name, trial.champion),)
         try:
             await self.no_route(name)
-            await self.supervisor.arrange(name, (self.supervisor.arranged(name, trial.champion),))
+            try:
+                await self.supervisor.arrange(name, champion)
+            except Conflict:
+                # A route was just being put in force.
+                await self.no_route(name)
+                await self.supervisor.arrange(name, champion)
         except BaseException:
             trial.over = False
             raise
