@@ -341,7 +341,7 @@ def run(*, quick: bool, say: Callable[[str], None]) -> Section:
         first = str(names[counts.argmax()]) if len(names) else "none"
         delays.append((traffic.name, first, _percent(found.mean()), _requests(p50), _requests(p90), _minutes(s50),
                        _minutes(s90)))  # fmt: skip
-    peaked, peaked_harm, keyed_worst = _peaked(300 // part, say)
+    peaked, peaked_harm, keyed_worst = _peaked(200 // part, say)
     say("Mann-Whitney")
     mann_whitney = _mann_whitney(400 // part)
     return Section(
