@@ -40,6 +40,7 @@ _POLICIES: Final[dict[str, Callable[[int, Sequence[int]], float]]] = {
 _CONNECTIONS: Final = 64
 _PATH: Final = "/v2/models/eta/infer"
 _LAYERS: Final = 6
+_EXAMPLES: Final = 256
 _BUDGET: Final = 0.2
 _ALLOWED: Final = 0.01
 _FRESH_S: Final = 4.0
@@ -55,18 +56,22 @@ def run(
     if not traces:
         source = "traffic made up with a fixed seed (the traces of a shop's pages are not here)"
         traces = generated()
+    layers, examples = _LAYERS, _EXAMPLES
     if quick:
         traces = (Trace(traces[0].name, traces[0].keys[:5000]),)
+        layers, examples = 1, 32
     table, figures, targets = _coverage(traces, say)
     say("packing a model of about 1 ms a row")
     trace = traces[0]
     rows = rows_of(trace.distinct)
-    bundle = packed_network(folder / "network", _LAYERS, rows[:256]).path
+    bundle = packed_network(folder / "network", layers, rows[:examples]).path
+    ageing = packed_network(folder / "ageing", layers, rows[:examples], freshness_s=_FRESH_S).path
+    second = packed_network(folder / "second", layers, rows[:examples], seed=8).path
     bodies = tuple(row_body(row) for row in rows)
     gain, gained, gain_figures = _gain(bundle, trace, bodies, seconds, say)
     costs, costed, cost_figures = _costs(client, folder, bundle, rows, rounds, say)
-    idle, idled = _idle(folder, bundle, rows, rounds, seconds, say)
-    release, released = _release(folder, bundle, trace, bodies, rows, seconds, say)
+    idle, idled = _idle(bundle, ageing, rows, rounds, seconds, say)
+    release, released = _release(bundle, second, trace, bodies, seconds, say)
     return Section(
         "head",
         "The learned head",
@@ -181,12 +186,11 @@ def _costs(
 
 
 def _idle(
-    folder: Path, bundle: Path, rows: Any, rounds: int, seconds: float, say: Callable[[str], None]
+    bundle: Path, ageing: Path, rows: Any, rounds: int, seconds: float, say: Callable[[str], None]
 ) -> tuple[Table, list[Target]]:
     """What live requests feel of rows being baked again in idle moments, before they are too old: in pairs."""
     count = 1000
     bodies = tuple(row_body(row) for row in rows[:count])
-    ageing = packed_network(folder / "ageing", _LAYERS, rows[:256], freshness_s=_FRESH_S).path
     found: list[tuple[Measured, Measured]] = []
     with (
         serving(bundle, mode="hybrid", workers=1, head_rows=count) as still,
@@ -237,17 +241,15 @@ def _warmed(server: Server) -> float:
 
 
 def _release(
-    folder: Path,
     bundle: Path,
+    second: Path,
     trace: Trace,
     bodies: tuple[bytes, ...],
-    rows: Any,
     seconds: float,
     say: Callable[[str], None],
 ) -> tuple[Table, list[Target]]:
     """Coverage in the second after a new version took over, in ratio to the second before."""
     say("a release under traffic")
-    second = packed_network(folder / "second", _LAYERS, rows[:256], seed=8).path
     with serving(bundle, mode="hybrid", workers=1, head_rows=round(_BUDGET * trace.distinct)) as server:
         samples: list[tuple[float, float, float]] = []
         over = threading.Event()
