@@ -37,6 +37,7 @@ _REMEMBER_S: Final = 5.0
 """How often what the judge knows is written down: who dies loses so much of it at most."""
 _CATCH_UP_S: Final = 2.0
 """How often, about, one looks whether another server has begun or ended a release."""
+_LONGEST_PAUSE_S: Final = 60.0
 CONTROLLER: Final = "parbake"
 """Who did it, in the history, where nobody told it to."""
 
@@ -62,6 +63,7 @@ class Controller:
         """By deployment: the release that was live when the store was read last."""
         self._read_to = -1
         """The event up to which others' changes were taken in."""
+        self._pause_s = _CATCH_UP_S
         self._said: dict[str, str] = {}
         """What went wrong with what and was logged, so that it is not logged each second."""
         self._tasks: list[asyncio.Task[None]] = []
@@ -136,11 +138,11 @@ class Controller:
                 await self._safely("tend", trial.name, partial(self._tend, trial))
             if time.monotonic() >= due:
                 # With jitter: servers that were started together need not all ask together.
-                due = time.monotonic() + _CATCH_UP_S * random.uniform(0.5, 1.5)  # noqa: S311
                 await self._safely("catch up", "", self._catch_up)
+                due = time.monotonic() + self._pause_s * random.uniform(0.5, 1.5)  # noqa: S311
 
     async def _safely(self, what: str, name: str, do: Callable[[], Awaitable[None]]) -> bool:
-        """Do something; what goes wrong is logged once until it goes right. Whether the store was there."""
+        """Do something; what goes wrong is logged once until it goes right. Whether it went right."""
         try:
             await do()
         except StateAway:
@@ -154,15 +156,15 @@ class Controller:
             log().exception("release.not_followed", deployment=name)
         else:
             self._said.pop(f"{what} {name}", None)
-        return True
+            return True
+        return False
 
     async def _tend(self, trial: Trial) -> None:
         """What a release under way needs of the store: who judges, what others did, the next step."""
         async with self.lock:
             if trial.over:
                 return
-            await self._hold(trial)
-            if not await self.refresh(trial):
+            if not await self._hold(trial) or not await self.refresh(trial):
                 return
             parameters = await self.ask(lambda state: state.parameters(trial.name))
             if parameters.version != trial.tuned:
@@ -183,19 +185,22 @@ class Controller:
             elif now - trial.remembered >= _REMEMBER_S:
                 await self._remember(trial)
 
-    async def _hold(self, trial: Trial) -> None:
-        """Take or renew the lease of a release: who has it judges."""
+    async def _hold(self, trial: Trial) -> bool:
+        """Take or renew the lease of a release: who has it judges. Whether the release is still under way."""
         lasts = self.supervisor.settings.release.lease_s
         if time.monotonic() - trial.leased < lasts / 4:
-            return
+            return True
         asked = time.monotonic()
         lease = await self.ask(lambda state: state.lease(f"release:{trial.name}", self._holder, lasts))
         trial.leased = asked
         if lease is not None and (trial.lease is None or trial.lease.token != lease.token):
-            # Whoever judged before has written down what it knew.
-            trial.take_up(await self.ask(lambda state: state.release(trial.release.id)))
+            # Whoever judged before has written down what it knew: taken up as one that follows does.
+            trial.lease = None
+            if not await self.refresh(trial):
+                return False
             log().info("release.judged_here", deployment=trial.name, version=trial.version)
         trial.lease = lease
+        return True
 
     async def refresh(self, trial: Trial) -> bool:
         """Take in what others have done with a release; whether it is still under way."""
@@ -219,7 +224,12 @@ class Controller:
             trial.stepped, trial.judge = time.monotonic(), trial.judge.next_step()
         trial.release = found
         if (found.state, found.step) != (before.state, before.step):
-            await self.route(trial)
+            try:
+                await self.route(trial)
+            except BaseException:
+                # It is tried again as long as it is not so.
+                trial.release = before
+                raise
         return True
 
     async def _catch_up(self) -> None:
@@ -232,13 +242,16 @@ class Controller:
         number = newest[-1].id if newest else 0
         if number == self._read_to:
             return
-        there = True
+        joined = True
         for name in self._names():
             async with self.lock:
                 if name not in self.trials and not self.ledger.owes(name):
-                    there = await self._safely("join", name, partial(self._join, name)) and there
-        if there:
-            self._read_to = number
+                    joined = await self._safely("join", name, partial(self._join, name)) and joined
+        if joined:
+            self._read_to, self._pause_s = number, _CATCH_UP_S
+        else:
+            # A bundle that cannot be loaded is tried again, but not all the time.
+            self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
 
     async def _join(self, name: str) -> None:
         live = await self.ask(lambda state: state.live(name))
