@@ -6,7 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, settings
 from parbake.contract.bundle import Goldens, StoredBundle, write_bundle
 from parbake.contract.environment import capture
 from parbake.contract.model import Contract, Parity, Step, TensorSpec
+from tests.mlflow_server import MlflowServer
 
 # Time limits per example say more about the machine than about the code.
 settings.register_profile("parbake", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -39,6 +40,17 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
                 pytest.skip(
                     f"{module} is not installed: {HOW_TO_INSTALL.get(module, 'make test installs it')}"
                 )
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Let groups of tests be groups: xdist 3.8 writes them into an attribute that pytest 9.2 does not read."""
+    if not getattr(config.option, "loadgroup", False):
+        return
+    for item in items:
+        mark = item.get_closest_marker("xdist_group")
+        if mark is not None and not item.nodeid.endswith(f"@{mark.args[0]}"):
+            item._id = type(item.id).parse(f"{item.nodeid}@{mark.args[0]}")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -90,6 +102,29 @@ def parbake(tmp_path: Path) -> Parbake:
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def only_mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    """One MLflow server for all: it takes long to start."""
+    server = MlflowServer(tmp_path_factory.mktemp("mlflow") / "server")
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def mlflow_server(only_mlflow_server: MlflowServer) -> MlflowServer:
+    """That server, running again if the test before has killed it."""
+    if not only_mlflow_server.runs:
+        only_mlflow_server.start()
+    return only_mlflow_server
+
+
+@pytest.fixture(scope="session")
+def mlflow_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """MLflow on SQLite, made once: that takes seconds."""
+    pytest.importorskip("mlflow", reason="no MLflow here: pip install 'parbake[mlflow]'")
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'kept' / 'mlflow.db'}"
 
 
 @pytest.fixture

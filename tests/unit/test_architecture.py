@@ -46,6 +46,19 @@ def test_optional_libraries_are_imported_in_functions_only(path: Path) -> None:
     assert not at_import & OPTIONAL
 
 
+def test_one_module_imports_onnxruntime_with_its_telemetry_off() -> None:
+    found = set()
+    for path in MODULES:
+        text = path.read_text()
+        for node in ast.walk(ast.parse(text)) if "onnxruntime" in text else ():
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names.append(node.module or "")
+            if any(name.partition(".")[0] == "onnxruntime" for name in names):
+                found.add(path.relative_to(PACKAGE).as_posix())
+    assert found == {"contract/ort.py"}
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
 def test_no_module_is_named_after_nothing(path: Path) -> None:
     assert path.stem not in {"utils", "helpers", "manager", "common", "misc"}
@@ -78,3 +91,10 @@ def test_a_lock_has_hashes_and_no_address(lock: Path) -> None:
     assert "://" not in text
     assert "--index" not in text
     assert "--find-links" not in text
+
+
+@pytest.mark.xdist_group("one worker")
+def test_tests_of_a_group_run_in_one_worker(request: pytest.FixtureRequest) -> None:
+    # By what stands behind the @ xdist knows, where it is told to go by groups.
+    grouped = getattr(request.config.option, "loadgroup", False)
+    assert request.node.nodeid.endswith("@one worker") == grouped

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 import os
 import random
 import tempfile
@@ -24,7 +25,7 @@ from parbake.app.registry import cache_root, registry_url, store_place
 from parbake.app.resolve import Fetch, Look, Meaning, fetch, look
 from parbake.app.state import state_dir
 from parbake.contract.bundle import read_bundle
-from parbake.errors import BundleError, Unavailable
+from parbake.errors import BundleError, BundleMissing, ParbakeError, Unavailable, by_code
 from parbake.logs import log
 from parbake.release.bundles import Collected, folder_name
 from parbake.release.registry import parse_reference
@@ -34,6 +35,8 @@ LOOK_TIMEOUT_S: Final = 30.0
 _JITTER: Final = 0.2
 _RETRY_S: Final = 1.0
 _LONGEST_RETRY_S: Final = 15.0
+_LONGEST_AGAIN_S: Final = 300.0
+"""Most between two attempts at a bundle that does not come out of its store whole."""
 _FOLDER: Final = "followed"
 _KEPT_S: Final = 24 * 3600.0
 """Age below which the cache keeps what nobody serves."""
@@ -88,6 +91,11 @@ class _State:
     wanted: str = ""
     refused: str = ""
     """Digest of what was refused: it is tried again when the reference means something else, or somebody asks."""
+    code: str = ""
+    """Of the error by which it was."""
+    attempts: int = 0
+    again_at: float = 0.0
+    """By the monotonic clock: from then on it is tried again by itself."""
 
 
 @dataclass(slots=True)
@@ -173,35 +181,51 @@ class Follower:
         return Taken(meaning.reference, meaning.version, meaning.digest, str(path))
 
     def moved(self, meanings: Iterable[Meaning]) -> list[Meaning]:
-        """Those that mean something else than what is served, and were not refused before."""
+        """Those that mean something else than what is served, and were not refused for good before."""
         found: list[Meaning] = []
         for meaning in meanings:
             state = self._states.get(meaning.reference)
             if state is None:
                 continue
             if meaning.code:
-                self.refuse(meaning, meaning.message)
+                self.refuse(meaning, by_code(meaning.code, meaning.message, hint=meaning.hint))
             elif (meaning.version, meaning.digest) == (state.taken.version, state.taken.digest):
-                state.problem = state.wanted = state.refused = ""
-            elif meaning.digest != state.refused:
+                state.problem = state.wanted = state.refused = state.code = ""
+                state.attempts = 0
+            elif meaning.digest != state.refused or time.monotonic() >= state.again_at:
                 found.append(meaning)
         return found
 
-    def refuse(self, meaning: Meaning, why: str, *, again: bool = False) -> None:
-        """Note that what a reference means is not served; ``again``: it is tried at the next look."""
+    def refuse(self, meaning: Meaning, error: ParbakeError, *, fetched: bool = False) -> None:
+        """Note that what a reference means is not served, and why.
+
+        A bundle that was ``fetched`` and refused is as it is. One that could not be fetched is tried again: the
+        store may be back, or have it, or have it whole, by then.
+        """
         state = self._states.get(meaning.reference)
         if state is None:
             return
-        if state.problem != why:
+        # Words of libraries tell how long they tried: each time others.
+        if (state.code, state.wanted) != (error.code, meaning.version):
             log().error(
                 "alias.not_followed",
                 reference=meaning.reference,
                 wanted=meaning.version,
                 serving=state.taken.version,
-                error=why,
+                error=error.message,
             )
-        state.problem, state.wanted = why, meaning.version
-        state.refused = "" if again else meaning.digest
+        same = meaning.digest == state.refused
+        state.problem, state.wanted, state.code = error.message, meaning.version, error.code
+        state.refused = meaning.digest
+        if isinstance(error, Unavailable | BundleMissing):
+            state.attempts, state.again_at = 0, 0.0
+        elif fetched:
+            state.again_at = math.inf
+        else:
+            # All of it is fetched each time to be found torn.
+            state.attempts = state.attempts + 1 if same else 1
+            wait_s = self.settings.release.follow_s * 2.0 ** min(state.attempts, 30)
+            state.again_at = time.monotonic() + min(wait_s, _LONGEST_AGAIN_S)
 
     def took(self, taken: Iterable[Taken]) -> None:
         """Note what is served now, for good. Writes files: call it in a thread."""

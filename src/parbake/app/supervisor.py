@@ -735,10 +735,13 @@ class Supervisor:
         if not followed:
             return
         for meaning in self._follower.moved((await self._follower.ask(followed)).values()):
+            fetched = False
             try:
-                await self._take_in(await self._follower.fetch(meaning))
+                taken = await self._follower.fetch(meaning)
+                fetched = True
+                await self._take_in(taken)
             except ParbakeError as error:
-                self._follower.refuse(meaning, error.message, again=isinstance(error, Unavailable))
+                self._follower.refuse(meaning, error, fetched=fetched)
 
     async def _take_in(self, taken: Taken) -> None:
         """Serve what a reference means now. Raises `ParbakeError`, and then everything stays as it was."""

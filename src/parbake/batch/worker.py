@@ -18,6 +18,7 @@ import traceback
 from parbake.batch.ports import Task
 from parbake.batch.scorer import Scorer
 from parbake.batch.wire import Begin, Connection, Done, End, Failed, Ready, Written, failure
+from parbake.contract.ort import onnxruntime
 from parbake.errors import ModelFailed, ParbakeError
 
 
@@ -28,8 +29,9 @@ def main(descriptor: int) -> int:
     connection = Connection(socket.socket(fileno=descriptor))
     orders: queue.SimpleQueue[Begin | Task | End] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(connection, orders), daemon=True).start()
-    import onnxruntime  # noqa: F401
     import pyarrow.parquet  # noqa: F401
+
+    onnxruntime()
 
     try:
         _work(connection, orders)

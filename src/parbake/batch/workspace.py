@@ -28,6 +28,7 @@ from msgspec import Struct
 from parbake.batch import segments
 from parbake.batch.model import OnBad
 from parbake.batch.segments import Segment
+from parbake.contract.ort import onnxruntime
 from parbake.errors import TableError
 
 _FORMAT: Final = 1
@@ -149,7 +150,8 @@ class Workspace:
 def computing_libraries() -> str:
     """Names and versions of the libraries on which a prediction's last bits may depend."""
     import numpy
-    import onnxruntime
     import pyarrow
 
-    return " ".join(f"{library.__name__} {library.__version__}" for library in (numpy, onnxruntime, pyarrow))
+    return " ".join(
+        f"{library.__name__} {library.__version__}" for library in (numpy, onnxruntime(), pyarrow)
+    )

@@ -93,6 +93,10 @@ def _what(event: Event) -> str:
             return f"waived {details['check']}"
         case "parameters":
             return f"parameters, version {details['version']}{_changed(details)}"
+        case "release.live" if details.get("image"):
+            return f"live, in {details['image'].partition(' ')[0]}"
+        case "image.built" | "image.removed":
+            return f"{event.what.replace('.', ' ')}: {details['tag']}"
         case "settings":
             return f"settings, revision {details['revision']}"
         case "lease.taken" | "lease.given_up":

@@ -7,8 +7,10 @@ from typing import Any
 
 import click
 
-from parbake.cli.options import Command, debug_option, json_option, progress_option
+from parbake.cli.options import Command, debug_option, json_option, progress_option, settings_options
 from parbake.cli.output import emit, emit_json, emit_table, say, size, stages
+from parbake.cli.versions import registry_options, release_settings
+from parbake.settings import ReleaseSettings
 
 state_option = click.option(
     "--state-dir",
@@ -18,6 +20,8 @@ state_option = click.option(
     metavar="DIR",
     help="Folder of what the server keeps.  [default: .parbake]",
 )
+
+store_option = settings_options(ReleaseSettings, only=("store",))
 
 
 class _Group(click.Group):
@@ -38,7 +42,7 @@ def command() -> None:
 
 
 @command.command(cls=Command, short_help="Build an image of a bundle.")
-@click.argument("ref", metavar="BUNDLE|NAME@VERSION")
+@click.argument("ref", metavar="BUNDLE|NAME@VERSION|models:/NAME@VERSION")
 @click.option("--tag", default="", metavar="NAME:TAG", help="Name of the image.  [default: after the bundle]")
 @click.option(
     "--base",
@@ -61,7 +65,8 @@ def command() -> None:
     help="What builds it.  [default: the first that is installed]",
 )
 @click.option("--cache/--no-cache", default=True, help="Take layers of earlier builds.", show_default=True)
-@state_option
+@store_option
+@registry_options
 @progress_option
 @json_option
 def build(
@@ -71,27 +76,34 @@ def build(
     mirrors: tuple[str, ...],
     builder: str | None,
     cache: bool,
-    state_dir: Path,
     show_progress: bool,
     as_json: bool,
+    config: Path | None,
+    **values: Any,
 ) -> None:
     """Build an image of a bundle. The same bundle on the same base gives the same image, bit for bit.
 
-    The image runs without root and with a read-only root file system; what it needs to write goes to /tmp.
+    A version by its number or alias comes from the registry (models:/NAME@3 from nowhere else), else from what was
+    released under it. The store of releases keeps which image has which version. The image runs without root and with
+    a read-only root file system; what it needs to write goes to /tmp.
     """
     from parbake.app import image
+    from parbake.app.state import state_dir
 
+    settings = release_settings(config, values)
     with stages("building", wanted=show_progress) as stage:
         made = image.build(
             ref,
-            state_dir,
+            state_dir(settings),
             tag=tag,
             base=base,
             mirrors=mirrors,
             builder=builder or "",
             cache=cache,
+            resolve=image.resolver(settings),
             stage=stage,
         )
+        image.record(settings, made)
     if as_json:
         emit_json(made)
         return
@@ -138,13 +150,30 @@ def show(state_dir: Path, as_json: bool) -> None:
     help="Image that stays, by tag or id.  [repeatable]",
 )
 @click.option("--dry-run", is_flag=True, help="Only say what would go.")
-@state_option
+@store_option
+@registry_options
 @json_option
-def prune(keep: int, referenced: tuple[str, ...], dry_run: bool, state_dir: Path, as_json: bool) -> None:
-    """Remove images that were built here, but for the newest of each name, those referenced, and those that run."""
-    from parbake.app import image
+def prune(
+    keep: int, referenced: tuple[str, ...], dry_run: bool, as_json: bool, config: Path | None, **values: Any
+) -> None:
+    """Remove images that were built here, but the newest of each name, those that releases need, and those that run.
 
-    done = image.prune(state_dir, keep=keep, referenced=referenced, dry_run=dry_run)
+    Releases need what is live, what is under way, and what a rollback goes back to. Where their store is away, nothing
+    is removed.
+    """
+    from parbake.app import image
+    from parbake.app.state import state_dir
+
+    settings = release_settings(config, values)
+    done = image.prune(
+        state_dir(settings),
+        keep=keep,
+        referenced=referenced,
+        needed=image.references(settings),
+        dry_run=dry_run,
+    )
+    if not dry_run:
+        image.forget(settings, done.removed)
     if as_json:
         emit_json(done)
         return

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import click
 
-from parbake.cli.options import Command, json_option, pickle_option, progress_option
+from parbake.cli.options import Command, json_option, pickle_option, progress_option, settings_options
 from parbake.cli.output import emit, emit_json, say, stages
+from parbake.cli.versions import registry_options, release_settings
+from parbake.settings import ReleaseSettings
 
 
 @click.command(cls=Command, short_help="Write the Kubernetes manifests of a deployment.")
-@click.argument("ref", metavar="BUNDLE|NAME@VERSION")
+@click.argument("ref", metavar="BUNDLE|NAME@VERSION|models:/NAME@VERSION")
 @click.option(
     "--image", default="", metavar="IMAGE", help="Image of the pods.  [default: as image build names it]"
 )
@@ -38,6 +43,8 @@ from parbake.cli.output import emit, emit_json, say, stages
     "--namespace", default="", metavar="NAME", help="Namespace of everything.  [default: kubectl's]"
 )
 @pickle_option
+@settings_options(ReleaseSettings, only=("store",))
+@registry_options
 @progress_option
 @json_option
 def command(
@@ -53,6 +60,8 @@ def command(
     allow_pickle: bool,
     show_progress: bool,
     as_json: bool,
+    config: Path | None,
+    **values: Any,
 ) -> None:
     """Write the Kubernetes manifests of a deployment as YAML, or, with --json, as a List that kubectl takes too.
 
@@ -61,6 +70,7 @@ def command(
     if model_load and not image:
         raise click.UsageError("--model-load needs --image, which has the server and its libraries")
     from parbake.app import kubernetes
+    from parbake.app.image import resolver
     from parbake.release.kubernetes import yaml
 
     with stages("measuring", wanted=show_progress) as stage:
@@ -75,6 +85,7 @@ def command(
             drain_s=drain_timeout_s,
             namespace=namespace,
             allow_pickle=allow_pickle,
+            resolve=resolver(release_settings(config, values)),
             stage=stage,
         )
     if as_json:

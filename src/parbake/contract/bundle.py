@@ -205,16 +205,7 @@ def read_bundle(path: str | Path, *, verify: bool = True) -> StoredBundle:
     path = Path(path)
     if not path.is_dir():
         raise BundleTorn(f"no bundle at {path}", hint="parbake pack MODEL --out DIR writes one")
-    raw = _read(path, MANIFEST, _MAX_JSON_BYTES)
-    try:
-        number = json.loads(raw).get("format")
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise BundleTorn(f"{path / MANIFEST} is not valid JSON: {error}") from error
-    if isinstance(number, int) and number > FORMAT:
-        raise BundleTooNew(
-            f"{path} has bundle format {number}, this parbake reads up to {FORMAT}", hint="upgrade parbake"
-        )
-    manifest = _decode(raw, Manifest, path / MANIFEST)
+    manifest = manifest_of(_read(path, MANIFEST, _MAX_JSON_BYTES), path)
     if digest_of(manifest.files) != manifest.digest:
         raise BundleAltered(f"{path / MANIFEST}: the list of files does not match the digest")
     listed = {entry.path for entry in manifest.files}
@@ -232,6 +223,23 @@ def read_bundle(path: str | Path, *, verify: bool = True) -> StoredBundle:
     contract = _decode(_read(path, CONTRACT, _MAX_JSON_BYTES), Contract, path / CONTRACT)
     environment = _decode(_read(path, ENVIRONMENT, _MAX_JSON_BYTES), Environment, path / ENVIRONMENT)
     return StoredBundle(path, contract, environment, manifest)
+
+
+def manifest_of(raw: bytes, where: Path | str) -> Manifest:
+    """The manifest of the bundle at ``where``; its format comes first, as a newer one may say anything else.
+
+    Raises `BundleTooNew`, `BundleTorn`.
+    """
+    named = f"{where}/{MANIFEST}"
+    try:
+        number = json.loads(raw).get("format")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise BundleTorn(f"{named} is not valid JSON: {error}") from error
+    if isinstance(number, int) and number > FORMAT:
+        raise BundleTooNew(
+            f"{where} has bundle format {number}, this parbake reads up to {FORMAT}", hint="upgrade parbake"
+        )
+    return _decode(raw, Manifest, named)
 
 
 def digest_of(entries: tuple[FileEntry, ...]) -> str:
@@ -317,7 +325,7 @@ def _read(root: Path, name: str, limit: int) -> bytes:
         ) from error
 
 
-def _decode(raw: bytes, kind: type[_T], where: Path) -> _T:
+def _decode(raw: bytes, kind: type[_T], where: Path | str) -> _T:
     try:
         return msgspec.json.decode(raw, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

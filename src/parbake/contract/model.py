@@ -11,8 +11,9 @@ from parbake.contract.datatypes import NUMPY, Datatype
 from parbake.names import NAME_PATTERN as NAME_PATTERN
 from parbake.names import Name as Name
 
-FORMAT: Final = 1
-"""Format of bundles that this version writes, and the newest it reads."""
+FORMAT: Final = 2
+"""Format of bundles that this version writes, and the newest it reads. Any new field is a new format, as readers refuse
+what they do not know. Format 1 has no operating system, processors, training data and run."""
 
 
 class TensorSpec(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -137,7 +138,8 @@ class Contract(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=Tr
     """What the model was trained on: a path, a query, a snapshot."""
     run: str = ""
     """Which run trained it: an id of an experiment tracker, a commit, a link."""
-    format: int = FORMAT
+    format: int = 1
+    """Of contracts by themselves; the manifest says that of the bundle."""
 
     def input(self, name: str) -> TensorSpec | None:
         """The input of that name."""

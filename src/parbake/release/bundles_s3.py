@@ -13,10 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-import msgspec
-
-from parbake.contract.bundle import MANIFEST, SIGNATURES, StoredBundle, digest_of, read_bundle
-from parbake.contract.model import Manifest
+from parbake.contract.bundle import MANIFEST, SIGNATURES, StoredBundle, digest_of, manifest_of, read_bundle
 from parbake.errors import BundleAltered, BundleMissing, BundleTorn, MissingExtra, SettingsError, StoreAway
 from parbake.release.bundles import GRACE_S, Collected, Held, digest_of_folder, folder_name
 
@@ -59,10 +56,7 @@ class S3Store:
         raw = self._read(digest, MANIFEST, _MAX_MANIFEST)
         if raw is None:
             raise BundleMissing(f"no bundle {digest[:19]}... in {self.where}")
-        try:
-            manifest = msgspec.json.decode(raw, type=Manifest)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise BundleTorn(f"the manifest of {digest[:19]}... in {self.where} is torn: {error}") from error
+        manifest = manifest_of(raw, f"{self.where}/{folder_name(digest)}")
         if manifest.digest != digest or digest_of(manifest.files) != digest:
             raise BundleAltered(f"{self.where} holds another bundle in the place of {digest[:19]}...")
         for entry in manifest.files:

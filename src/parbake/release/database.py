@@ -49,6 +49,7 @@ from parbake.release.model import (
     Ending,
     Event,
     Facts,
+    ImageRecord,
     Lease,
     Parameters,
     Proposal,
@@ -60,6 +61,7 @@ from parbake.release.model import (
 from parbake.release.schema import (
     DEPLOYMENTS,
     HISTORY,
+    IMAGES,
     LEASES,
     PARAMETERS,
     RELEASES,
@@ -139,6 +141,7 @@ class Database:
             self._lock(connection, proposal.deployment, by, now)
             if (other := _under_way(connection, proposal.deployment)) is not None:
                 raise _already(other)
+            proposal = msgspec.structs.replace(proposal, image=_image_of(connection, proposal))
             number = _insert(
                 connection,
                 RELEASES,
@@ -296,6 +299,47 @@ class Database:
                 details,
             )
         return msgspec.structs.replace(waiver, id=number, at=now)
+
+    def record_image(self, image: ImageRecord) -> None:
+        """See `State.record_image`."""
+        _check_words(tag=image.tag, image_id=image.image_id, bundle_digest=image.bundle_digest, by=image.by)
+        _check_words(name=image.name, version=image.version)
+        with self._writing() as connection:
+            now = self._now(connection)
+            kept = {
+                "image_id": image.image_id,
+                "bundle_digest": image.bundle_digest,
+                "at": now,
+                "by": image.by,
+            }
+            # In one statement each: two that build the same tag at once do not fail.
+            if not _insert_unless_there(connection, IMAGES, tag=image.tag, **kept):
+                connection.execute(sa.update(IMAGES).where(IMAGES.c.tag == image.tag).values(**kept))
+            _event(
+                connection, now, image.by, "image.built", image.name, image.version, 0, "", _details_of(image)
+            )
+
+    def forget_image(self, image: ImageRecord, *, by: str) -> None:
+        """See `State.forget_image`."""
+        _check_words(by=by)
+        with self._writing() as connection:
+            done = connection.execute(
+                sa.delete(IMAGES).where(IMAGES.c.tag == image.tag, IMAGES.c.image_id == image.image_id)
+            )
+            if done.rowcount:
+                now, details = self._now(connection), _details_of(image)
+                _event(connection, now, by, "image.removed", image.name, image.version, 0, "", details)
+
+    def images(self, bundle_digest: str = "") -> Sequence[ImageRecord]:
+        """See `State.images`."""
+        query = sa.select(IMAGES).order_by(IMAGES.c.at, IMAGES.c.tag)
+        if bundle_digest:
+            query = query.where(IMAGES.c.bundle_digest == bundle_digest)
+        with self._reading() as connection:
+            return [
+                ImageRecord(row.tag, row.image_id, row.bundle_digest, by=row.by, at=row.at)
+                for row in connection.execute(query)
+            ]
 
     def configure(
         self, deployment: str, settings: Details, *, revision: int, by: str, why: str = ""
@@ -484,9 +528,10 @@ class Database:
                 return None
             release = _release_of(row)
             waivers = tuple(_waivers(connection, deployment, version))
+            image = _image_of(connection, release.proposal)
         proposal = release.proposal
         return Facts(
-            deployment, version, release.state, proposal.bundle_digest, proposal.source, proposal.image,
+            deployment, version, release.state, proposal.bundle_digest, proposal.source, image,
             proposal.table, release.by, release.created, release.why, waivers,
         )  # fmt: skip
 
@@ -498,7 +543,15 @@ class Database:
         self, connection: Connection, release: Release, state: Ending, now: float, by: str, why: str
     ) -> Release:
         """Give a release the state that it ends in, with its event."""
-        number = _note(connection, now, by, f"release.{state}", release, why, {"before": release.state})
+        details: Details = {"before": release.state}
+        if state == "live":
+            # What answers from here on, after a rollback too.
+            details |= {
+                "bundle_digest": release.proposal.bundle_digest,
+                "image": _image_of(connection, release.proposal),
+                "table": release.proposal.table,
+            }
+        number = _note(connection, now, by, f"release.{state}", release, why, details)
         return _change(connection, release, now, state=state, went_live=number if state == "live" else None)
 
     def _same(self, connection: Connection, release: Release) -> Release:
@@ -699,6 +752,23 @@ def _parameters_of(row: Any) -> Parameters:
     # `values` is also a method of rows.
     values = row._mapping["values"]
     return Parameters(row.deployment, row.version, msgspec.json.decode(values), row.at, row.by, row.why)
+
+
+def _image_of(connection: Connection, proposal: Proposal) -> str:
+    """The image that a proposal names, else the newest with its bundle; "" where none is known."""
+    if proposal.image:
+        return proposal.image
+    row = connection.execute(
+        sa.select(IMAGES)
+        .where(IMAGES.c.bundle_digest == proposal.bundle_digest)
+        .order_by(IMAGES.c.at.desc(), IMAGES.c.tag)
+        .limit(1)
+    ).one_or_none()
+    return "" if row is None else ImageRecord(row.tag, row.image_id, row.bundle_digest).reference
+
+
+def _details_of(image: ImageRecord) -> Details:
+    return {"tag": image.tag, "id": image.image_id, "bundle_digest": image.bundle_digest}
 
 
 def _waivers(connection: Connection, deployment: str, version: str) -> list[WaiverRecord]:

@@ -45,7 +45,7 @@ class Proposal(Struct, frozen=True):
     source: str = ""
     """Where the bundle came from: a path, a URL, or ``models:/eta/4``."""
     image: str = ""
-    """Reference of the OCI image, with its digest."""
+    """Name and id of the OCI image with the bundle in it, as ``eta:3 sha256:...``; "" for the newest that is known."""
     table: str = ""
     """Path of the prediction table, or its digest."""
     kind: Kind = "plain"
@@ -79,6 +79,25 @@ class Release(Struct, frozen=True):
         if self.state == "live":
             return 1.0
         return self.proposal.steps[self.step] if self.state == "running" and self.step >= 0 else 0.0
+
+
+class ImageRecord(Struct, frozen=True):
+    """An OCI image with a bundle in it."""
+
+    tag: str
+    image_id: str
+    """``sha256:...``"""
+    bundle_digest: str
+    name: str = ""
+    """Of the model, for the history."""
+    version: str = ""
+    by: str = ""
+    at: float = 0.0
+
+    @property
+    def reference(self) -> str:
+        """As proposals and the inventory have it."""
+        return f"{self.tag} {self.image_id}"
 
 
 class VerdictRecord(Struct, frozen=True):

@@ -6,7 +6,7 @@ from typing import Final
 
 import sqlalchemy as sa
 
-VERSION: Final = "0001"
+VERSION: Final = "0002"
 """The migration that this version of parbake works with."""
 
 METADATA: Final = sa.MetaData()
@@ -115,6 +115,17 @@ HISTORY: Final = sa.Table(
     sa.Column("details", sa.Text, nullable=False),
     sa.Index("history_of_deployment", "deployment", "id"),
     sqlite_autoincrement=True,
+)
+
+IMAGES: Final = sa.Table(
+    "images",
+    METADATA,
+    sa.Column("tag", sa.Text, primary_key=True),
+    sa.Column("image_id", sa.Text, nullable=False),
+    sa.Column("bundle_digest", sa.Text, nullable=False),
+    sa.Column("at", sa.Double, nullable=False),
+    sa.Column("by", sa.Text, nullable=False),
+    sa.Index("images_of_bundle", "bundle_digest", "at"),
 )
 
 LEASES: Final = sa.Table(

@@ -20,6 +20,7 @@ from parbake.release.model import (
     Ending,
     Event,
     Facts,
+    ImageRecord,
     Lease,
     Parameters,
     Proposal,
@@ -42,7 +43,10 @@ class State(FactsSource, Protocol):
     def begin_release(
         self, proposal: Proposal, *, by: str, why: str = "", fence: Lease | None = None
     ) -> Release:
-        """A new release, pending. Raises `Conflict` where one of the same deployment is under way."""
+        """A new release, pending. Raises `Conflict` where one of the same deployment is under way.
+
+        Where the proposal names no image, it gets the newest with its bundle.
+        """
 
     def advance(
         self,
@@ -80,6 +84,15 @@ class State(FactsSource, Protocol):
 
     def record_waiver(self, waiver: WaiverRecord) -> WaiverRecord:
         """Keep that a check was let pass."""
+
+    def record_image(self, image: ImageRecord) -> None:
+        """Keep which bundle is in an image; whatever had its tag before is forgotten."""
+
+    def forget_image(self, image: ImageRecord, *, by: str) -> None:
+        """Keep that an image is gone. Nothing happens where its tag is another's by now."""
+
+    def images(self, bundle_digest: str = "") -> Sequence[ImageRecord]:
+        """The images that are known, of a bundle or all, the newest last."""
 
     def configure(
         self, deployment: str, settings: Details, *, revision: int, by: str, why: str = ""

@@ -33,6 +33,7 @@ import numpy as np
 from msgspec import Struct
 
 from parbake.contract.bundle import StoredBundle, read_bundle
+from parbake.contract.ort import onnxruntime
 from parbake.errors import ModelFailed, ParbakeError
 from parbake.runtime import wire
 from parbake.runtime.runner import (
@@ -195,7 +196,7 @@ def serve(control: socket.socket, line: bytes, kept: tuple[str, ...]) -> int:
 
 def _warm_up() -> None:
     """Have onnxruntime take what it takes once, some megabytes, before a model is measured."""
-    import onnxruntime as ort
+    ort = onnxruntime()
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1

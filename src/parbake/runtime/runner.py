@@ -24,6 +24,7 @@ from msgspec import Struct
 from parbake.contract.bundle import StoredBundle, read_bundle
 from parbake.contract.environment import capture, differences
 from parbake.contract.model import Environment
+from parbake.contract.ort import onnxruntime
 from parbake.contract.tensors import Tensors
 from parbake.errors import BundleAltered, EnvironmentDiffers, ModelFailed, ParbakeError, RowRejected
 from parbake.runtime import wire
@@ -120,8 +121,8 @@ def main(descriptor: int, kept: tuple[str, ...] = ()) -> int:
     control = socket.socket(fileno=descriptor)
     # The slow imports of a spare happen before anybody waits for it.
     import numpy  # noqa: F401
-    import onnxruntime  # noqa: F401
 
+    onnxruntime()
     control.sendall(AWAKE)
     while (line := _read_line(control)) == AWAKE:
         control.sendall(AWAKE)

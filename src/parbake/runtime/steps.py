@@ -11,6 +11,7 @@ import numpy as np
 from parbake.contract.bundle import StoredBundle
 from parbake.contract.datatypes import NUMPY
 from parbake.contract.model import Step, TensorSpec
+from parbake.contract.ort import onnxruntime
 from parbake.contract.tensors import Tensor, as_text
 from parbake.errors import BundleError, MissingExtra, ModelFailed, NotAllowed, RowRejected
 from parbake.runtime.own_code import load_function
@@ -40,7 +41,7 @@ class OnnxStep:
     """An ONNX graph in onnxruntime on the CPU."""
 
     def __init__(self, path: Path, threads: int) -> None:
-        import onnxruntime as ort
+        ort = onnxruntime()
 
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
@@ -92,7 +93,7 @@ class BoundRow:
     """
 
     def __init__(self, session: Any, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
-        import onnxruntime as ort
+        ort = onnxruntime()
 
         self._binding = session.io_binding()
         self._run = session.run_with_iobinding

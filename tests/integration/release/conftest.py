@@ -42,29 +42,6 @@ def state(url: str) -> Iterator[Database]:
     database.close()
 
 
-@pytest.fixture(scope="session")
-def only_mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
-    """One MLflow server for all: it takes long to start."""
-    server = MlflowServer(tmp_path_factory.mktemp("mlflow") / "server")
-    yield server
-    server.close()
-
-
-@pytest.fixture
-def mlflow_server(only_mlflow_server: MlflowServer) -> MlflowServer:
-    """That server, running again if the test before has killed it."""
-    if not only_mlflow_server.runs:
-        only_mlflow_server.start()
-    return only_mlflow_server
-
-
-@pytest.fixture(scope="session")
-def mlflow_file(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """MLflow on SQLite, made once: that takes seconds."""
-    pytest.importorskip("mlflow", reason="no MLflow here: pip install 'parbake[mlflow]'")
-    return f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'kept' / 'mlflow.db'}"
-
-
 @pytest.fixture(params=["memory", "sqlite", "server"])
 def registry(request: pytest.FixtureRequest) -> Registry:
     """Each kind of registry. Names are the test's own: two of them outlive it."""

@@ -17,6 +17,7 @@ from parbake.errors import (
     BundleAltered,
     BundleError,
     BundleMissing,
+    BundleTooNew,
     BundleTorn,
     InvalidInput,
     SettingsError,
@@ -128,6 +129,16 @@ def test_what_has_no_manifest_is_not_there(
     assert list(store.list()) == []
     with pytest.raises(BundleMissing):
         fetch_bundle(store, bundle.digest, tmp_path / "cache")
+
+
+def test_a_bundle_of_a_newer_format_is_told_by_name(
+    store: BundleStore, bundle: StoredBundle, change: Change, tmp_path: Path
+) -> None:
+    store.put(bundle)
+    change(bundle.digest, MANIFEST, b'{"format": 99, "what": "nobody knows yet"}')
+    with pytest.raises(BundleTooNew, match="has bundle format 99, this parbake reads up to"):
+        fetch_bundle(store, bundle.digest, tmp_path / "cache")
+    assert files(tmp_path / "cache") == {}
 
 
 def test_a_file_of_the_same_length_in_the_store_is_found_out(

@@ -11,7 +11,9 @@ import pytest
 
 from parbake.app.registry import open_bundles, open_registry
 from parbake.app.supervisor import Change
+from parbake.contract.bundle import MANIFEST, read_bundle
 from parbake.errors import ModelNotFound, ServerNotFound, VersionNotFound
+from parbake.release.bundles import folder_name
 from parbake.release.registry import Registration
 from parbake.testing import serving
 from parbake.transports import client
@@ -35,8 +37,6 @@ class Released:
 
     def register(self, factor: float, *, alias: bool = True, path: Path | None = None) -> str:
         """Register ``y = factor x``, let champion point at it, and give its version."""
-        from parbake.contract.bundle import read_bundle
-
         # Again, where a store has lost it.
         path = path or write_scaled(self.folder / f"by-{factor}.bundle", factor, replace=True).path
         bundle = read_bundle(path)
@@ -122,7 +122,9 @@ def test_the_registry_goes_away_and_comes_back_while_it_serves(released: Release
         assert not any(caller.failures for caller in callers)
 
 
-def test_a_server_starts_from_its_cache_while_the_registry_is_away(released: Released) -> None:
+def test_while_the_registry_is_away_a_server_starts_from_its_cache_and_waits_without_one(
+    released: Released,
+) -> None:
     released.point("2")
     with serving(released.reference, **released.options()) as server:
         assert released.factor(server.url) == 3
@@ -133,13 +135,9 @@ def test_a_server_starts_from_its_cache_while_the_registry_is_away(released: Rel
         assert (following.version, following.answered) == ("2", 0.0)
         assert following.away_since
         assert "from the cache" in server.log()
-
-
-def test_without_a_cache_it_waits_for_the_registry_and_is_not_ready(released: Released) -> None:
-    released.server.kill()
     with (
         pytest.raises(ServerNotFound, match=r"registry\.awaited"),
-        serving(released.reference, timeout_s=6, **released.options()),
+        serving(released.reference, timeout_s=6, **released.options(state_dir=released.folder / "none")),
     ):
         pass
 
@@ -202,6 +200,9 @@ def test_a_hung_registry_does_not_hold_up_answers(released: Released) -> None:
 def test_the_bundle_store_dies_in_the_middle_and_what_is_cached_serves_on(
     tmp_path: Path, own_moto: Moto, mlflow_server: MlflowServer
 ) -> None:
+    import obstore
+    from obstore.store import S3Store
+
     released = Released(tmp_path, mlflow_server, f"s3://{BUCKET}/bundles")
     released.register(2)
     released.register(3, alias=False)
@@ -213,3 +214,15 @@ def test_the_bundle_store_dies_in_the_middle_and_what_is_cached_serves_on(
         assert "bundle store" in following.problem
         assert (following.version, following.wanted) == ("1", "2")
         assert released.factor(server.url) == 2
+        # It is tried again, and taken in when the store is back with what it had, not before.
+        own_moto.start()
+        wait_for(lambda: "no bundle" in client.status(port=server.port).following[0].problem)
+        bundle = read_bundle(tmp_path / "by-3.bundle")
+        behind = S3Store(BUCKET, client_options={"allow_http": True})
+        obstore.put(behind, f"bundles/{folder_name(bundle.digest)}/{MANIFEST}", b"torn")
+        wait_for(lambda: "not valid JSON" in client.status(port=server.port).following[0].problem)
+        assert released.factor(server.url) == 2
+        open_bundles(released.store).put(bundle)
+        wait_for(lambda: released.factor(server.url) == 3)
+        assert not client.status(port=server.port).following[0].problem
+        assert server.log().count("alias.not_followed") == 3

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
 import msgspec
 import pytest
@@ -28,7 +29,7 @@ from parbake.errors import (
 )
 from parbake.release.connect import address_of
 from parbake.release.database import Database, open_database
-from parbake.release.model import Lease, Proposal, Release, VerdictRecord, WaiverRecord
+from parbake.release.model import ImageRecord, Lease, Proposal, Release, VerdictRecord, WaiverRecord
 from parbake.release.schema import METADATA, VERSION
 from parbake.release.state import State
 from tests.postgres import ROLE, Postgres
@@ -381,6 +382,24 @@ def test_a_store_that_a_newer_parbake_changed_is_refused(url: str, state: Databa
     engine.dispose()
     with pytest.raises(StateTooNew, match=rf"has schema 9999, and this parbake knows {VERSION} at most"):
         open_database(url)
+
+
+def test_a_store_from_before_images_is_brought_up_with_all_that_it_has(url: str, state: Database) -> None:
+    live = put_live(state, "1")
+    before = state.history()
+    engine = sa.create_engine(address_of(url))
+    with engine.begin() as connection:
+        connection.exec_driver_sql("DROP TABLE images")
+        connection.exec_driver_sql("UPDATE schema_version SET version_num = '0001'")
+    engine.dispose()
+    with closing(open_database(url)) as again:
+        assert (again.live("eta"), again.history(), again.images()) == (live, before, [])
+        again.record_image(
+            ImageRecord("eta:1", "sha256:a", live.proposal.bundle_digest, "eta", "1", by="ana")
+        )
+        facts = again.facts("eta", "1")
+    assert facts is not None
+    assert facts.image == "eta:1 sha256:a"
 
 
 def test_the_migrations_make_the_tables_that_the_code_uses(url: str, state: Database) -> None:

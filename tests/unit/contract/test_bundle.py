@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import Struct
 
 import parbake.contract.bundle as bundle_module
 from parbake.contract.bundle import (
@@ -27,10 +29,26 @@ from parbake.contract.bundle import (
     write_bundle,
 )
 from parbake.contract.environment import capture
-from parbake.contract.model import Contract, FileEntry, Manifest, Step, TensorSpec
+from parbake.contract.model import (
+    FORMAT,
+    Batch,
+    Contract,
+    Environment,
+    FileEntry,
+    Key,
+    Library,
+    Manifest,
+    Parity,
+    Step,
+    TensorSpec,
+    Tolerance,
+)
 from parbake.errors import BundleAltered, BundleError, BundleTooNew, BundleTorn, PackRefused
 
 X = np.array([[1.0, 2.0]], dtype=np.float32)
+PARTS: tuple[type[Struct], ...] = (
+    Manifest, FileEntry, Environment, Library, Contract, TensorSpec, Step, Key, Tolerance, Batch, Parity,
+)  # fmt: skip
 
 
 def write(
@@ -50,13 +68,15 @@ def write(
     return write_bundle(out, contract, files, goldens, capture(), replace=replace)
 
 
-def rewrite_manifest(bundle: Path, change: Callable[[list[FileEntry]], list[FileEntry]]) -> None:
+def rewrite_manifest(
+    bundle: Path, change: Callable[[list[FileEntry]], list[FileEntry]], number: int = FORMAT
+) -> None:
     """Change the list of files and give it the digest that fits."""
     import msgspec
 
     manifest = msgspec.json.decode((bundle / "manifest.json").read_bytes(), type=Manifest)
     entries = tuple(change(list(manifest.files)))
-    altered = msgspec.structs.replace(manifest, files=entries, digest=digest_of(entries))
+    altered = msgspec.structs.replace(manifest, format=number, files=entries, digest=digest_of(entries))
     (bundle / "manifest.json").write_bytes(msgspec.json.encode(altered))
 
 
@@ -147,9 +167,51 @@ def test_a_manifest_that_was_edited_is_altered(tmp_path: Path) -> None:
 
 def test_a_newer_format_is_refused_before_anything_else_is_understood(tmp_path: Path) -> None:
     bundle = write(tmp_path / "eta.bundle").path
-    (bundle / "manifest.json").write_text('{"format": 2, "what": "nobody knows yet"}')
-    with pytest.raises(BundleTooNew, match="has bundle format 2, this parbake reads up to 1"):
+    (bundle / "manifest.json").write_text(f'{{"format": {FORMAT + 1}, "what": "nobody knows yet"}}')
+    with pytest.raises(
+        BundleTooNew, match=f"has bundle format {FORMAT + 1}, this parbake reads up to {FORMAT}"
+    ):
         read_bundle(bundle)
+
+
+def test_a_bundle_of_the_first_format_is_read_as_ever(tmp_path: Path) -> None:
+    written = write(tmp_path / "eta.bundle")
+    lock = json.loads((written.path / "environment.json").read_text())
+    for later in ("os", "cpu", "gpus"):
+        del lock[later]
+    content = json.dumps(lock).encode()
+    (written.path / "environment.json").write_bytes(content)
+    entry = FileEntry("environment.json", len(content), hashlib.sha256(content).hexdigest())
+    rewrite_manifest(
+        written.path, lambda files: [entry if one.path == entry.path else one for one in files], number=1
+    )
+    stored = read_bundle(written.path)
+    assert stored.manifest.format == 1
+    assert stored.digest != written.digest
+    assert (stored.environment.os, stored.environment.cpu, stored.environment.gpus) == ("", "", ())
+    assert stored.environment.libraries == written.environment.libraries
+    assert stored.contract == written.contract
+
+
+def test_new_fields_are_a_new_format() -> None:
+    # Readers refuse fields that they do not know, so whoever adds one raises FORMAT, and says so here.
+    assert FORMAT == 2
+    assert {kind.__name__: " ".join(kind.__struct_fields__) for kind in PARTS} == {
+        "Manifest": "format digest created files",
+        "FileEntry": "path bytes sha256",
+        "Environment": "python implementation system machine libraries required os cpu gpus",
+        "Library": "name version",
+        "Contract": (
+            "name inputs outputs steps purpose owner key tolerance batch parity default deadline_ms freshness_s "
+            "training_data run format"
+        ),
+        "TensorSpec": "name datatype shape columns unit allow_nan labels",
+        "Step": "kind path entry",
+        "Key": "columns rounding",
+        "Tolerance": "rtol atol",
+        "Batch": "dimension invariant_from multiple_of spread one_thread max_rows",
+        "Parity": "framework framework_version example_rows threshold_rows exact max_abs_diff ties left_out",
+    }
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "source/../../outside", "a\\..\\b", ""])

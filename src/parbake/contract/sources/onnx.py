@@ -12,6 +12,7 @@ import numpy as np
 
 from parbake.contract.datatypes import ONNX, Datatype
 from parbake.contract.model import Step, TensorSpec
+from parbake.contract.ort import onnxruntime
 from parbake.contract.rows import as_inputs
 from parbake.contract.sources.dimension import along_rows
 from parbake.contract.sources.model import Source
@@ -60,8 +61,6 @@ def from_onnx(model: Any, example: object, *, batch: Dimension | None = None) ->
     taken into the bundle, initialisers that stand among the inputs are dropped there, and a ZipMap at the
     end gives way to its tensor. Raises `NotConvertible` for what onnxruntime or a tensor cannot do.
     """
-    import onnxruntime
-
     proto, original, path = _read(model)
     external = _has_external(proto)
     files, labels, changed = _normal(proto, original, path)
@@ -88,7 +87,7 @@ def from_onnx(model: Any, example: object, *, batch: Dimension | None = None) ->
     steady = all(spec.fixed for spec in specs) and not _sized_by_data(proto)
     return Source(
         framework="onnx",
-        framework_version=onnxruntime.__version__,
+        framework_version=onnxruntime().__version__,
         inputs=specs,
         outputs=tuple(_output(item, dimension, answers[item.name], steady, labels) for item in outputs),
         steps=(Step("onnx", MODEL),),
@@ -304,7 +303,7 @@ def _open(files: Mapping[str, bytes], folder: Path) -> Any:
 
 
 def _session(model: bytes | str) -> Any:
-    import onnxruntime as ort
+    ort = onnxruntime()
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1

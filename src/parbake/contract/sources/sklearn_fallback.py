@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from parbake.contract.ort import onnxruntime
 from parbake.contract.sources.answer import Answer, decided, quietly
 from parbake.contract.sources.graph import DOUBLE, FLOAT, INT64, ML_OPSET, OPSET, Array, Dtype, Graph, Value
 from parbake.contract.sources.table import Table, Work, matrix
@@ -85,13 +86,12 @@ def _converted(model: Any, count: int, dtype: Dtype) -> Any:
 
 def _gap(onnx_model: Any, model: Any, count: int, dtype: Dtype) -> float:
     """Largest difference on random rows; infinite where a label differs. Raises what onnxruntime raises."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
+    ort = onnxruntime()
+    options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = 1
     data = _with_our_opset(onnx_model).SerializeToString()
-    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     rows = np.random.default_rng(0).normal(size=(_PROBE_ROWS, count))
     got = [np.asarray(x) for x in session.run(None, {"X": rows.astype(dtype)})]
     expected = [np.asarray(x) for x in _words(model, rows.astype(dtype))]
