@@ -7,9 +7,16 @@ from typing import Any
 
 import click
 
-from parbake.cli.options import Command, debug_option, json_option, progress_option, settings_options
+from parbake.cli.options import (
+    Command,
+    debug_option,
+    json_option,
+    progress_option,
+    registry_options,
+    settings_options,
+    state_settings,
+)
 from parbake.cli.output import emit, emit_json, emit_table, say, size, stages
-from parbake.cli.versions import registry_options, release_settings
 from parbake.settings import ReleaseSettings
 
 state_option = click.option(
@@ -90,7 +97,7 @@ def build(
     from parbake.app import image
     from parbake.app.state import state_dir
 
-    settings = release_settings(config, values)
+    settings = state_settings(config, values)
     with stages("building", wanted=show_progress) as stage:
         made = image.build(
             ref,
@@ -164,7 +171,7 @@ def prune(
     from parbake.app import image
     from parbake.app.state import state_dir
 
-    settings = release_settings(config, values)
+    settings = state_settings(config, values)
     done = image.prune(
         state_dir(settings),
         keep=keep,

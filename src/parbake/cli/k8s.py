@@ -7,9 +7,16 @@ from typing import Any
 
 import click
 
-from parbake.cli.options import Command, json_option, pickle_option, progress_option, settings_options
+from parbake.cli.options import (
+    Command,
+    json_option,
+    pickle_option,
+    progress_option,
+    registry_options,
+    settings_options,
+    state_settings,
+)
 from parbake.cli.output import emit, emit_json, say, stages
-from parbake.cli.versions import registry_options, release_settings
 from parbake.settings import ReleaseSettings
 
 
@@ -85,7 +92,7 @@ def command(
             drain_s=drain_timeout_s,
             namespace=namespace,
             allow_pickle=allow_pickle,
-            resolve=resolver(release_settings(config, values)),
+            resolve=resolver(state_settings(config, values)),
             stage=stage,
         )
     if as_json:
