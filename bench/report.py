@@ -14,6 +14,8 @@ from parbake.cli.output import emit, emit_table, emit_title
 ORDER: Final = ("http", "race", "head", "advise", "cold-start", "many", "size", "bake", "judge", "scale-out")
 _PAGE: Final = "benchmarks.md"
 _FIGURES: Final = "benchmarks.json"
+_MEASURED: Final = "<!-- measured: {} -->"
+_END: Final = "<!-- end of what was measured -->"
 
 
 class Target(Struct, frozen=True):
@@ -75,7 +77,10 @@ def show(section: Section) -> None:
 
 
 def keep(section: Section, folder: Path) -> None:
-    """Put a section in the place of the one that ``folder`` holds of the same kind, and write the page again."""
+    """Put a section in the place of the one that ``folder`` holds of the same kind, and write the page again.
+
+    Its tables go into other pages of the folder too, where one has ``<!-- measured: KEY -->``.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / _FIGURES
     kept: dict[str, Section] = {}
@@ -85,6 +90,29 @@ def keep(section: Section, folder: Path) -> None:
     ordered = [kept[key] for key in ORDER if key in kept]
     path.write_bytes(msgspec.json.format(msgspec.json.encode(ordered)) + b"\n")
     (folder / _PAGE).write_text(page(ordered))
+    for other in folder.rglob("*.md"):
+        text = other.read_text()
+        if (filled := fill(text, ordered)) != text:
+            other.write_text(filled)
+
+
+def fill(text: str, sections: list[Section]) -> str:
+    """A page with what was measured between its marks."""
+    for section in sections:
+        mark = _MEASURED.format(section.key)
+        before, found, rest = text.partition(mark)
+        if found:
+            _, end, after = rest.partition(_END)
+            lines = [*_tables(section)[1:], "", _machine(section.machine)]
+            text = "\n".join([before + mark, *lines, end + after])
+    return text
+
+
+def _tables(section: Section) -> list[str]:
+    lines: list[str] = []
+    for table in section.tables:
+        lines += ["", f"**{table.title}**", "", *_markdown(table.columns, table.rows)]
+    return lines
 
 
 def page(sections: list[Section]) -> str:
@@ -99,8 +127,7 @@ def page(sections: list[Section]) -> str:
     ]
     for section in sections:
         lines += ["", f"## {section.title}", "", section.how]
-        for table in section.tables:
-            lines += ["", f"**{table.title}**", "", *_markdown(table.columns, table.rows)]
+        lines += _tables(section)
         if section.targets:
             rows = [
                 (t.what, t.wanted, _number(t), "met" if t.met else "**not met**") for t in section.targets

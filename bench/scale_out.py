@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,10 +41,12 @@ class _Node:
     @property
     def environment(self) -> dict[str, str]:
         config = self.folder / "storage.conf"
-        config.parent.mkdir(parents=True, exist_ok=True)
-        config.write_text(
-            f'[storage]\ndriver = "overlay"\ngraphroot = "{self.folder}/graph"\nrunroot = "{self.folder}/run"\n'
-        )
+        # Once: a program that is just starting would read half of it.
+        if not config.exists():
+            config.parent.mkdir(parents=True, exist_ok=True)
+            config.write_text(
+                f'[storage]\ndriver = "overlay"\ngraphroot = "{self.folder}/graph"\nrunroot = "{self.folder}/run"\n'
+            )
         return {**os.environ, "CONTAINERS_STORAGE_CONF": str(config)}
 
     def run(self, *command: str) -> str:
@@ -56,6 +58,19 @@ class _Node:
             text=True,
             check=True,
         ).stdout.strip()
+
+    def log(self, container: str) -> str:
+        """What a container has written, or why there is none."""
+        done = subprocess.run(
+            ["podman", "logs", container],
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        return done.stdout
 
     def empty(self) -> None:
         self.run("podman", "rmi", "--all", "--force")
@@ -163,9 +178,9 @@ def _times(
                 image = _pulled(node, folder, wanted)
                 if what in (ready, several):
                     started = time.perf_counter()
-                with _servers(node, image, folder, how, count) as ports:
-                    for port in ports:
-                        _wait(port, body)
+                with _servers(node, image, folder, how, count, say) as servers:
+                    for name, port in servers.items():
+                        _wait(node, name, port, body)
                     found.setdefault((what, how), []).append(time.perf_counter() - started)
     return found
 
@@ -176,9 +191,12 @@ def _pulled(node: _Node, folder: Path, name: str) -> str:
 
 
 @contextmanager
-def _servers(node: _Node, image: str, folder: Path, how: str, count: int) -> Iterator[Sequence[int]]:
-    """Start servers at once; those that load fetch their bundle first."""
-    ports, running = [], []
+def _servers(
+    node: _Node, image: str, folder: Path, how: str, count: int, say: Callable[[str], None]
+) -> Iterator[dict[str, int]]:
+    """Start servers at once, and give their ports; those that load fetch their bundle first."""
+    ports: dict[str, int] = {}
+    running = []
     for number in range(count):
         port, name = free_port(), f"server-{number}"
         extra: list[str] = []
@@ -193,33 +211,44 @@ def _servers(node: _Node, image: str, folder: Path, how: str, count: int) -> Ite
         command = ["podman", "run", "--detach", "--name", name, *LIMITS, *RESTRICTED, *extra, image, *words]
         running.append(
             subprocess.Popen(
-                command, env=node.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+                command,
+                env=node.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
             )
         )
-        ports.append(port)
+        ports[name] = port
     try:
         yield ports
     finally:
         for process in running:
-            process.wait(60)
+            said = process.communicate(timeout=60)[1].decode(errors="replace").strip()
+            if process.returncode:
+                say(f"podman: {said[-500:]}")
         node.run("podman", "rm", "--force", "--time", "0", *(f"server-{number}" for number in range(count)))
 
 
-def _wait(port: int, body: bytes) -> None:
+def _wait(node: _Node, name: str, port: int, body: bytes) -> None:
     until = time.perf_counter() + _LIMIT_S
-    while not _answers(port, body):
+    while (said := _answer(port, body)) != "200":
         if time.perf_counter() > until:
-            raise RuntimeError(f"no prediction on port {port} within {_LIMIT_S:g} s")
+            raise RuntimeError(
+                f"no prediction on port {port} within {_LIMIT_S:g} s: {said}\n{node.log(name)[-4000:]}"
+            )
         time.sleep(0.01)
 
 
-def _answers(port: int, body: bytes) -> bool:
+def _answer(port: int, body: bytes) -> str:
+    """The status, with what is said where it is an error."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_LIMIT_S)
     try:
         connection.request("POST", "/v2/models/digits/infer", body, {"content-type": "application/json"})
-        return connection.getresponse().status == http.client.OK
-    except (OSError, http.client.HTTPException):
-        return False
+        reply = connection.getresponse()
+        text = reply.read().decode(errors="replace")
+        return f"{reply.status}" if reply.status == http.client.OK else f"{reply.status} {text[:300]}"
+    except (OSError, http.client.HTTPException) as error:
+        return str(error)
     finally:
         connection.close()
 

@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from bench import models
@@ -18,7 +19,7 @@ from bench.contenders import BARE, OWN_PYTHON, PATH, ROSTER, memory_mib, start
 from bench.machine import Machine
 from bench.payloads import bodies, calls, check
 from bench.processes import cpu_seconds, peer, with_descendants
-from bench.report import Section, Table, at_least, at_most, keep
+from bench.report import Section, Table, at_least, at_most, fill, keep
 from bench.venvs import PEERS, NotInstalled, python_of, version_of
 from parbake.testing import serving
 from tests.traffic import wait_for
@@ -37,6 +38,15 @@ def bench(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
         timeout=600,
         check=False,
     )
+
+
+def test_pages_have_the_figures_that_were_measured() -> None:
+    sections = msgspec.json.decode((ROOT / "docs" / "benchmarks.json").read_bytes(), type=list[Section])
+    keys = {section.key for section in sections}
+    for path in (ROOT / "docs").rglob("*.md"):
+        text = path.read_text()
+        assert set(re.findall(r"<!-- measured: (\S+) -->", text)) <= keys, path
+        assert fill(text, sections) == text, f"{path}: not the figures of docs/benchmarks.json"
 
 
 @pytest.mark.needs("fastapi", "uvicorn")
