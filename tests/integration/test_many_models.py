@@ -276,7 +276,7 @@ def test_a_model_that_hangs_takes_its_room_with_it_for_a_moment_only(tmp_path: P
     )
     bundles = [hangs.path, *scaled(tmp_path, 1)]
     with (
-        serving(*bundles, load="on-demand", workers=1, deadline_ms=500) as server,
+        serving(*bundles, load="on-demand", workers=1, deadline_ms=1500) as server,
         calling(server.url, rows("m1", (1.0, 2.0))) as (neighbour,),
     ):
         assert once(server.url, "/v2/models/hangs/infer", infer((666, 2))).status == 504

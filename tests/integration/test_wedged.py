@@ -39,7 +39,7 @@ def test_a_wedged_runner_is_found_by_its_deadline_and_started_again(tmp_path: Pa
             "--table",
             f"wedged={table}",
             placement="process",
-            deadline_ms=500,
+            deadline_ms=1500,
             workers=1,
         ) as server,
         calling(server.url, rows("sound", (1.0, 2.0)), rows("wedged", (1.0, 2.0))) as (other, baked),
