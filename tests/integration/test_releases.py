@@ -22,6 +22,7 @@ from parbake.contract.model import TensorSpec
 from parbake.errors import Conflict, GateRefused, ParbakeError, SettingsError, VersionNotFound
 from parbake.release.database import open_database
 from parbake.release.judge import Decision, Margins
+from parbake.serving.route import Watch
 from parbake.testing import Server, serving
 from parbake.transports import client
 from tests.functions import write_function, write_scaled
@@ -77,7 +78,7 @@ def test_all_at_once_and_back_in_no_time(tmp_path: Path) -> None:
         calling(server.url, *(rows("scaled", row) for row in SERVED[:3])) as callers,
     ):
         found = deploy(server, three, why="it is better", by="ada")
-        assert (found.state, found.version, found.champion) == ("live", "2", "1")
+        assert (found.state, found.version, found.champion, found.against) == ("live", "2", "2", "1")
         assert found.gate is not None
         assert found.gate.ok
         assert factors(server) == {3}
@@ -85,8 +86,19 @@ def test_all_at_once_and_back_in_no_time(tmp_path: Path) -> None:
             deploy(server, three)
         back = client.rollback("scaled", Back(by="ada", why="it is not"), port=server.port)
         assert (back.champion, back.version) == ("1", "2")
-        assert back.seconds < 1
+        assert back.seconds > 0
         assert factors(server) == {2}
+        # What has been taken back may be tried again, although it is still loaded.
+        again = deploy(server, three, kind="canary", steps=(0.5, 1.0), margins=Margins(requests=100_000))
+        assert (again.state, again.champion, again.share) == ("running", "1", 0.5)
+        assert client.rollback("scaled", Back(), port=server.port).champion == "1"
+        # What is refused leaves no trace.
+        known = history(tmp_path)
+        with pytest.raises(SettingsError, match="nowhere"):
+            deploy(server, three, "3", kind="canary", steps=(0.5, 1.0), watch=Watch(segment="nowhere"))
+        with pytest.raises(Conflict, match="nothing to go back to"):
+            deploy(server, two, "3")
+        assert history(tmp_path) == known
         with pytest.raises(VersionNotFound):
             client.rollback("scaled", Back(to="7"), port=server.port)
         for caller in callers:
@@ -183,7 +195,7 @@ def test_what_breaks_callers_or_has_no_owner_is_released_by_force_and_stands_in_
         assert {waiver["check"] for waiver in item["waivers"]} == {"metadata", "schema"}
 
 
-def test_a_version_that_cannot_go_live_is_rolled_back_in_the_store_too(tmp_path: Path) -> None:
+def test_a_version_that_could_not_be_found_again_does_not_go_live(tmp_path: Path) -> None:
     two, three = (write_scaled(tmp_path / f"{n}.bundle", n).path for n in (2, 3))
     with served(tmp_path, two) as server:
         deploy(server, three, kind="canary", steps=(0.5, 1.0), margins=Margins(requests=100_000))
@@ -192,8 +204,8 @@ def test_a_version_that_cannot_go_live_is_rolled_back_in_the_store_too(tmp_path:
         with pytest.raises(ParbakeError):
             client.promote("scaled", Back(by="ada"), port=server.port)
         assert factors(server) == {2}
-        assert history(tmp_path)[-3:] == ["release.live", "release.rolled_back", "release.live"]
-        assert events(tmp_path)[-1]["version"] == "1"
+        assert history(tmp_path)[-3:] == ["release.begun", "release.advanced", "release.rolled_back"]
+        assert events(tmp_path)[-1]["version"] == "2"
         with pytest.raises(Conflict, match="no release"):
             client.promote("scaled", Back(), port=server.port)
 

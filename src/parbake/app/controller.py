@@ -22,7 +22,8 @@ from parbake.app.ledger import Ledger, Owed
 from parbake.app.routes import RouteChange
 from parbake.app.supervisor import Arranged, Supervisor
 from parbake.app.trial import Trial, record_of, tuning_of
-from parbake.errors import Conflict, ParbakeError, StateAway
+from parbake.contract.bundle import read_bundle
+from parbake.errors import Conflict, LeaseLost, ParbakeError, StateAway
 from parbake.logs import log
 from parbake.release.judge import Decision, Judge, Verdict
 from parbake.release.model import OPEN, Parameters, Proposal, Release
@@ -40,6 +41,10 @@ _CATCH_UP_S: Final = 2.0
 _LONGEST_PAUSE_S: Final = 60.0
 CONTROLLER: Final = "parbake"
 """Who did it, in the history, where nobody told it to."""
+
+_STALE_S: Final = 10.0
+"""After this long, what should take a moment has been left lying."""
+_SERVED: Final = "it was served before the first release"
 
 _T = TypeVar("_T")
 
@@ -63,11 +68,12 @@ class Controller:
         """By deployment: the release that was live when the store was read last."""
         self._read_to = -1
         """The event up to which others' changes were taken in."""
-        self._pause_s = _CATCH_UP_S
+        self._late: dict[str, tuple[float, float]] = {}
+        """By deployment that could not follow: seconds to the next try, and when that is, by the monotonic clock."""
         self._said: dict[str, str] = {}
         """What went wrong with what and was logged, so that it is not logged each second."""
         self._tasks: list[asyncio.Task[None]] = []
-        self.lock = asyncio.Lock()
+        self._locks: dict[str, asyncio.Lock] = {}
         self._holder = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
 
     async def start(self) -> None:
@@ -82,9 +88,9 @@ class Controller:
                 for name in self._names():
                     try:
                         await self._restore(name)
-                    except ParbakeError as error:
+                    except Exception as error:
                         # What the command names is served all the same.
-                        log().error("release.not_restored", deployment=name, error=error.message)
+                        log().error("release.not_restored", deployment=name, error=words_of(error))
         loop = asyncio.get_running_loop()
         self._tasks = [loop.create_task(self._watch()), loop.create_task(self._keep_up())]
 
@@ -106,6 +112,15 @@ class Controller:
                 log().warning("release.not_remembered", error=error.message)
         await self.ledger.close()
 
+    def lock(self, name: str) -> asyncio.Lock:
+        """Held by whoever changes the release of a deployment."""
+        return self._locks.setdefault(name, asyncio.Lock())
+
+    def alias(self, name: str) -> str:
+        """The alias that a deployment follows, as in ``models:/eta@champion``; "" for none."""
+        reference = self.supervisor.followed(name)
+        return "" if reference.rpartition("@")[2].isdigit() else reference
+
     def _names(self) -> list[str]:
         return list(dict.fromkeys(entry.name for entry in self.supervisor.entries))
 
@@ -123,6 +138,9 @@ class Controller:
         judges = trial.lease is not None or self.ledger.away_since
         if trial.over or trial.release.state != "running" or trial.tuning.kill or not judges:
             return
+        if trial.routed != trial.route():
+            # What is counted belongs to the step before.
+            return
         status = await self.supervisor.route(trial.name)
         verdict = trial.look(status.observed)
         if verdict.decision is Decision.ROLL_BACK and not trial.over:
@@ -133,13 +151,13 @@ class Controller:
         due = 0.0
         while True:
             await asyncio.sleep(_LOOK_S)
-            await self.ledger.pay()
+            await self._safely("write", "", self.ledger.pay)
             for trial in list(self.trials.values()):
                 await self._safely("tend", trial.name, partial(self._tend, trial))
             if time.monotonic() >= due:
                 # With jitter: servers that were started together need not all ask together.
                 await self._safely("catch up", "", self._catch_up)
-                due = time.monotonic() + self._pause_s * random.uniform(0.5, 1.5)  # noqa: S311
+                due = time.monotonic() + _CATCH_UP_S * random.uniform(0.5, 1.5)  # noqa: S311
 
     async def _safely(self, what: str, name: str, do: Callable[[], Awaitable[None]]) -> bool:
         """Do something; what goes wrong is logged once until it goes right. Whether it went right."""
@@ -161,29 +179,42 @@ class Controller:
 
     async def _tend(self, trial: Trial) -> None:
         """What a release under way needs of the store: who judges, what others did, the next step."""
-        async with self.lock:
+        if (lock := self.lock(trial.name)).locked():
+            # Somebody changes it: the others need not wait for that.
+            return
+        async with lock:
             if trial.over:
                 return
-            if not await self._hold(trial) or not await self.refresh(trial):
-                return
-            parameters = await self.ask(lambda state: state.parameters(trial.name))
-            if parameters.version != trial.tuned:
-                await self.tune(trial, parameters)
-            verdict = trial.verdict
-            if self.trials.get(trial.name) is not trial or trial.lease is None or verdict is None:
-                return
-            if verdict.decision is not trial.told:
-                await self._tell(trial, verdict)
-            now = time.monotonic()
-            if (
-                verdict.decision is Decision.PROMOTE
-                and now - trial.stepped >= trial.every_s
-                and trial.release.proposal.kind in ("canary", "shadow")
-                and not (trial.tuning.hold or trial.tuning.kill)
-            ):
-                await self.step(trial, CONTROLLER, verdict.reason)
-            elif now - trial.remembered >= _REMEMBER_S:
-                await self._remember(trial)
+            try:
+                await self._carry_on(trial)
+            except LeaseLost:
+                trial.lose_lease()
+                raise
+
+    async def _carry_on(self, trial: Trial) -> None:
+        """Follow what others have done, and take the next step if the judge allows it."""
+        if not await self._hold(trial) or not await self.refresh(trial):
+            return
+        if trial.release.state == "running" and trial.routed != trial.route():
+            await self.route(trial)
+        parameters = await self.ask(lambda state: state.parameters(trial.name))
+        if parameters.version != trial.tuned:
+            await self.tune(trial, parameters)
+        verdict = trial.verdict
+        if self.trials.get(trial.name) is not trial or trial.lease is None or verdict is None:
+            return
+        if verdict.decision is not trial.told:
+            await self._tell(trial, verdict)
+        now = time.monotonic()
+        if (
+            verdict.decision is Decision.PROMOTE
+            and now - trial.stepped >= trial.every_s
+            and trial.release.proposal.kind in ("canary", "shadow")
+            and not (trial.tuning.hold or trial.tuning.kill)
+        ):
+            await self.step(trial, CONTROLLER, verdict.reason)
+        elif now - trial.remembered >= _REMEMBER_S:
+            await self._remember(trial)
 
     async def _hold(self, trial: Trial) -> bool:
         """Take or renew the lease of a release: who has it judges. Whether the release is still under way."""
@@ -221,15 +252,10 @@ class Controller:
         if trial.lease is None:
             trial.take_up(found)
         elif found.step != before.step:
-            trial.stepped, trial.judge = time.monotonic(), trial.judge.next_step()
+            trial.on_step(found, trial.judge.next_step())
         trial.release = found
         if (found.state, found.step) != (before.state, before.step):
-            try:
-                await self.route(trial)
-            except BaseException:
-                # It is tried again as long as it is not so.
-                trial.release = before
-                raise
+            await self.route(trial)
         return True
 
     async def _catch_up(self) -> None:
@@ -240,20 +266,28 @@ class Controller:
             await self.ledger.open(create=False)
         newest = await self.ask(lambda state: state.history(limit=1))
         number = newest[-1].id if newest else 0
-        if number == self._read_to:
-            return
-        joined = True
+        new, self._read_to = number != self._read_to, number
         for name in self._names():
-            async with self.lock:
-                if name not in self.trials and not self.ledger.owes(name):
-                    joined = await self._safely("join", name, partial(self._join, name)) and joined
-        if joined:
-            self._read_to, self._pause_s = number, _CATCH_UP_S
-        else:
-            # A bundle that cannot be loaded is tried again, but not all the time.
-            self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
+            pause_s, due = self._late.get(name, (0.0, 0.0))
+            if time.monotonic() < due or not (new or name in self._late):
+                continue
+            if self.lock(name).locked() or name in self.trials or self.ledger.owes(name):
+                # It is looked at again when that is over, whether anything happens by then or not.
+                self._late[name] = 0.0, 0.0
+                continue
+            async with self.lock(name):
+                joined = await self._safely("join", name, partial(self.join, name))
+            if joined:
+                self._late.pop(name, None)
+            else:
+                # A bundle that cannot be loaded is tried again, but not all the time.
+                pause_s = min(max(2 * pause_s, _CATCH_UP_S), _LONGEST_PAUSE_S)
+                self._late[name] = pause_s, time.monotonic() + pause_s
 
-    async def _join(self, name: str) -> None:
+    async def join(self, name: str) -> None:
+        """Serve what the store says of a deployment, and take part in its release. Hold its lock."""
+        if self.alias(name):
+            return
         live = await self.ask(lambda state: state.live(name))
         if live is None or not await self._knows(name):
             return
@@ -274,6 +308,7 @@ class Controller:
         challenger = await self.arranged(trial.release)
         await self.supervisor.arrange(name, (challenger, self.supervisor.arranged(name, trial.champion)))
         self.before.pop(name, None)
+        self.ended.pop(name, None)
         self.trials[name] = trial
 
     async def step(self, trial: Trial, by: str, why: str) -> None:
@@ -283,14 +318,7 @@ class Controller:
         if step >= len(steps) or steps[step] >= 1:
             await self.finish(trial, by, why)
             return
-        judge = trial.judge
-        trial.judge = judge.next_step()
-        try:
-            await self.advance(trial, step, by, why)
-        except BaseException:
-            trial.judge = judge
-            raise
-        trial.stepped = time.monotonic()
+        await self.advance(trial, step, trial.judge.next_step(), by, why)
         await self.route(trial)
         log().info("release.promoted", deployment=trial.name, share=steps[step], why=why)
 
@@ -298,6 +326,12 @@ class Controller:
         """Everything to the new version; the one before stays loaded, to go back to at once."""
         name, release, fence = trial.name, trial.release, trial.lease
         challenger, champion = await self.arranged(release), self.supervisor.arranged(name, trial.champion)
+        try:
+            # It is loaded; but a front that is started again has to find it.
+            await asyncio.to_thread(_find, challenger.bundle, release.proposal.bundle_digest)
+        except ParbakeError as error:
+            await self._not_live(trial, error)
+            raise
         if trial.judge.challenger.requests:
             release = await self.ask(lambda state: state.remember(release, _encoded(trial.judge)))
         # The store first: while it is away nothing is promoted, and who dies behind this starts with what it says.
@@ -308,14 +342,23 @@ class Controller:
         try:
             await self.supervisor.arrange(name, (champion, challenger))
             await self.no_route(name)
+            if trial.over:
+                # The same, a moment later.
+                await self.supervisor.arrange(name, (champion,))
+                return
         except BaseException as error:
             # Store and fronts must not say different things.
-            await self.roll_back(trial, CONTROLLER, f"it could not go live: {words_of(error)}")
+            await self._not_live(trial, error)
             raise
         trial.release, trial.over = live, True
         self.trials.pop(name, None)
+        self.ended.pop(name, None)
         self.before[name], self.live[name] = trial.champion, live.id
         log().info("release.live", deployment=name, version=trial.version, why=why)
+
+    async def _not_live(self, trial: Trial, error: BaseException) -> None:
+        if not trial.over:
+            await self.roll_back(trial, CONTROLLER, f"it could not go live: {words_of(error)}")
 
     async def roll_back(self, trial: Trial, by: str, why: str, verdict: Verdict | None = None) -> None:
         """Everything to the champion, at once; then it is written down, when the store is there."""
@@ -361,12 +404,19 @@ class Controller:
             await self.supervisor.arrange(name, (*stays, arranged))
         self.live[name] = live.id
         self.before.pop(name, None)
+        self.ended.pop(name, None)
         if before and before != version and any(one.version == before for one in stays):
             self.before[name] = before
 
     async def _resume(self, name: str, release: Release) -> None:
         """Go on with a release that is under way in the store."""
-        trial = Trial.of(release, self.supervisor.default_entry(name).version)
+        entry, proposal = self.supervisor.default_entry(name), release.proposal
+        if (proposal.bundle_digest, proposal.version) == (entry.digest, entry.version):
+            if time.time() - release.created > _STALE_S:
+                # Whoever wrote down what was served died in the middle of it.
+                await self.ask(lambda state: state.finish(release, "live", by=CONTROLLER, why=_SERVED))
+            return
+        trial = Trial.of(release, entry.version)
         parameters = await self.ask(lambda state: state.parameters(name))
         trial.tune(tuning_of(parameters, release.id), parameters.version)
         await self.begin(trial)
@@ -378,7 +428,9 @@ class Controller:
         """Put the share of the step in force."""
         if trial.over:
             return
-        status = await self.supervisor.set_route(trial.name, RouteChange(route=trial.route()))
+        wanted = trial.route()
+        status = await self.supervisor.set_route(trial.name, RouteChange(route=wanted))
+        trial.routed = wanted
         in_force = status.route
         if in_force is not None and in_force.watch is not None and trial.judge.bins is None:
             trial.judge = msgspec.structs.replace(trial.judge, bins=in_force.watch.bins)
@@ -397,6 +449,14 @@ class Controller:
     async def arranged(self, release: Release) -> Arranged:
         """A release as the supervisor serves it, its bundle at hand. Raises what asking for it raises."""
         proposal = release.proposal
+        for entry in self.supervisor.entries:
+            if (entry.name, entry.version, entry.digest) == (
+                proposal.deployment,
+                proposal.version,
+                proposal.bundle_digest,
+            ) and entry.table == proposal.table:
+                # It is loaded: neither registry nor store need be there.
+                return self.supervisor.arranged(entry.name, entry.version)
         waivers = await self.ask(lambda state: state.waivers(proposal.deployment, proposal.version))
         waived = tuple(dict.fromkeys(waiver.check for waiver in waivers))
         bundle = proposal.source
@@ -411,7 +471,7 @@ class Controller:
 
     async def _restore(self, name: str) -> None:
         """What the store says of a deployment, where what is served is known to it."""
-        if not await self._knows(name):
+        if self.alias(name) or not await self._knows(name):
             return
         try:
             live = await self.ask(lambda state: state.live(name))
@@ -448,26 +508,38 @@ class Controller:
         if live is not None and live.proposal.bundle_digest == entry.digest:
             return
         proposal = Proposal(name, entry.version, entry.digest, source=entry.bundle, table=entry.table)
-        why = "it was served before the first release"
+        why = _SERVED
         if live is not None:
             why = "it was put under the server by reload"
 
         def enter(state: State) -> None:
-            release = state.begin_release(proposal, by=CONTROLLER, why=why)
+            begun = [
+                release
+                for release in state.releases(name, under_way=True)
+                if release.state == "pending"
+                and (release.proposal.version, release.proposal.bundle_digest)
+                == (entry.version, entry.digest)
+            ]
+            # One of these: somebody has died between the two.
+            release = begun[0] if begun else state.begin_release(proposal, by=CONTROLLER, why=why)
             self.live[name] = state.finish(release, "live", by=CONTROLLER, why=why).id
 
         await self.ask(enter)
 
-    async def advance(self, trial: Trial, step: int, by: str, why: str) -> None:
-        """Write down that a release is on a step."""
-        release, known, fence = trial.release, _encoded(trial.judge), trial.lease
-        trial.release = await self.ask(
+    async def advance(self, trial: Trial, step: int, judge: Judge, by: str, why: str) -> None:
+        """Write down that a release is on a step, with what its judge begins with."""
+        release, known, fence = trial.release, _encoded(judge), trial.lease
+        after = await self.ask(
             lambda state: state.advance(release, step, by=by, why=why, judge_state=known, fence=fence)
         )
+        if not trial.over:
+            trial.on_step(after, judge)
 
     async def _remember(self, trial: Trial) -> None:
         release, known, fence = trial.release, _encoded(trial.judge), trial.lease
-        trial.release = await self.ask(lambda state: state.remember(release, known, fence=fence))
+        after = await self.ask(lambda state: state.remember(release, known, fence=fence))
+        if not trial.over:
+            trial.release = after
         trial.remembered = time.monotonic()
 
     async def _tell(self, trial: Trial, verdict: Verdict) -> None:
@@ -496,6 +568,15 @@ class Controller:
 
 def _encoded(judge: Judge) -> bytes:
     return msgspec.msgpack.encode(judge)
+
+
+def _find(bundle: str, digest: str) -> None:
+    """Raises `BundleError` where a bundle is not there or not whole, `Conflict` where it is another one."""
+    if read_bundle(bundle).digest != digest:
+        raise Conflict(
+            f"the bundle at {bundle} is not the one that was deployed",
+            hint="pack each version into a folder of its own",
+        )
 
 
 def words_of(error: BaseException) -> str:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from parbake.app.state import STATE_FILE, open_state, state_dir
 from parbake.errors import ParbakeError, StateAway
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from parbake.release.state import State
 
 _T = TypeVar("_T")
+
+_THREADS: Final = 4
+_PAY_S: Final = 1.0
+"""How long one waits, at most, for what has just happened to be written down; it goes on behind that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +45,10 @@ class Ledger:
         self._state: State | None = None
         self._owed: list[Owed] = []
         self._paying = asyncio.Lock()
+        self._opening = asyncio.Lock()
+        self._payments: set[asyncio.Task[None]] = set()
+        # Its own: a store that hangs must not take the threads in which bundles are read.
+        self._threads = ThreadPoolExecutor(_THREADS, "ledger")
         self.away_since = 0.0
         """Unix time from which on the store has not answered; 0 while it does."""
 
@@ -56,9 +65,11 @@ class Ledger:
 
     async def open(self, *, create: bool = True) -> None:
         """Open it, if it is not. Raises as `open_state`."""
-        if self._state is None:
+        async with self._opening:
+            if self._state is not None:
+                return
             try:
-                self._state = await asyncio.to_thread(open_state, self._settings, create=create)
+                self._state = await self._in_thread(lambda: open_state(self._settings, create=create))
             except StateAway as error:
                 self._is_away(error)
                 raise
@@ -66,21 +77,25 @@ class Ledger:
 
     async def ask(self, verb: Callable[[State], _T]) -> _T:
         """One verb of the store, in a thread: it may wait. Raises `StateAway` and what the verb raises."""
-        await self.open()
-        assert self._state is not None
+        if self._state is None:
+            await self.open()
+        state = self._state
+        assert state is not None
         try:
-            answer = await asyncio.to_thread(verb, self._state)
+            answer = await self._in_thread(lambda: verb(state))
         except StateAway as error:
             self._is_away(error)
             raise
         self._is_back()
         return answer
 
-    async def note(self, owed: Owed) -> bool:
-        """Write something down, now or when the store is back; whether it is written. Raises nothing."""
+    async def note(self, owed: Owed) -> None:
+        """Write something down, now or when the store is back. Raises nothing, and waits for a moment at most."""
         self._owed.append(owed)
-        await self.pay()
-        return owed not in self._owed
+        payment = asyncio.get_running_loop().create_task(self.pay())
+        self._payments.add(payment)
+        payment.add_done_callback(self._payments.discard)
+        await asyncio.wait({payment}, timeout=_PAY_S)
 
     def owes(self, deployment: str) -> bool:
         """Whether something about a deployment is still to be written down."""
@@ -95,10 +110,13 @@ class Ledger:
                     await self.ask(owed.verb)
                 except StateAway:
                     return
-                except ParbakeError as error:
+                except Exception as error:
                     # It will not be right the next time either, and others wait behind it.
                     log().error(
-                        "release.not_written", deployment=owed.deployment, what=owed.what, error=error.message
+                        "release.not_written",
+                        deployment=owed.deployment,
+                        what=owed.what,
+                        error=error.message if isinstance(error, ParbakeError) else repr(error),
                     )
                 else:
                     log().info("release.written", deployment=owed.deployment, what=owed.what)
@@ -110,7 +128,11 @@ class Ledger:
         for owed in self._owed:
             log().error("release.not_written", deployment=owed.deployment, what=owed.what)
         if self._state is not None:
-            await asyncio.to_thread(self._state.close)
+            await self._in_thread(self._state.close)
+        self._threads.shutdown(wait=False)
+
+    async def _in_thread(self, do: Callable[[], _T]) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, do)
 
     def _is_away(self, error: StateAway) -> None:
         if not self.away_since:

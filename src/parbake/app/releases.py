@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 from msgspec import Struct
@@ -18,7 +18,7 @@ from parbake.app.gate import judge as ask_gate
 from parbake.app.inventory import keep_waivers
 from parbake.app.ledger import Owed
 from parbake.app.trial import Trial, Tuning, tuned, tuning_of
-from parbake.errors import Conflict, GateRefused, InvalidInput, NotFound, StateAway
+from parbake.errors import Conflict, GateRefused, InvalidInput, LeaseLost, NotFound, StateAway
 from parbake.logs import log
 from parbake.release.gate import GateReport, make_waiver
 from parbake.release.judge import Judge, Margins, Verdict
@@ -28,6 +28,10 @@ from parbake.settings import REGISTERED
 
 if TYPE_CHECKING:
     from parbake.release.state import State
+
+
+_TRIES: Final = 5
+"""How often a step is tried where somebody else writes at the same time."""
 
 
 class Wanted(Struct, frozen=True, forbid_unknown_fields=True):
@@ -96,7 +100,9 @@ class ReleaseStatus(Struct, frozen=True):
     """Unix time of the last change."""
     verdict: Verdict | None = None
     requests: tuple[int, int] = (0, 0)
-    """That champion and challenger were asked since the judge began."""
+    """That the version before and this one were asked since the judge began."""
+    against: str = ""
+    """The version that it is or was compared with; "" where that is not known any more."""
     gate: GateReport | None = None
     seconds: float = 0.0
     """That the change took."""
@@ -106,6 +112,8 @@ class ReleaseStatus(Struct, frozen=True):
     """What was changed since it began."""
     note: str = ""
     """What is not as it should be: the store of releases is away."""
+    image: str = ""
+    """The image that has the version gone back to in it; "" where none is known."""
 
 
 class Releases:
@@ -126,21 +134,33 @@ class Releases:
         if wanted.bundle.startswith(REGISTERED):
             taken = await self._supervisor.fetched(wanted.bundle)
             wanted = msgspec.structs.replace(wanted, bundle=taken.path, version=taken.version)
-        async with self._controller.lock:
+        async with self._controller.lock(name):
             supervisor = self._supervisor
+            supervisor.default_entry(name)
+            if name not in self._controller.trials and self._controller.ledger.is_there:
+                # What another server has released is not undone by one that does not know it yet.
+                await self._controller.join(name)
             champion = supervisor.default_entry(name)
             if name in self._controller.trials:
                 raise _under_way(self._controller.trials[name].release)
-            if any(e.version == wanted.version and e.name == name for e in supervisor.entries):
+            if champion.version == wanted.version:
                 raise Conflict(
-                    f"{name!r} serves version {wanted.version!r} already",
-                    hint=f"parbake rollback {name} --to {wanted.version}, or another number",
+                    f"version {wanted.version!r} of {name!r} is live already",
+                    hint=f"parbake history {name} shows since when",
                 )
-            if (alias := supervisor.followed(name)) and not alias.rpartition("@")[2].isdigit():
+            if Path(wanted.bundle).resolve() == Path(champion.bundle).resolve():
+                raise Conflict(
+                    f"version {champion.version!r} of {name!r} is served from {wanted.bundle}: there would be nothing "
+                    "to go back to",
+                    hint="pack each version into a folder of its own",
+                )
+            if alias := self._controller.alias(name):
                 raise Conflict(
                     f"{name!r} follows {alias}: whoever moves the alias releases it",
                     hint=f"parbake alias moves it; or serve models:/{name}@NUMBER, and deploy from there",
                 )
+            if wanted.kind != "plain":
+                supervisor.check_watch(name, wanted.watch)
             report = await self._through_the_gate(name, champion.bundle, wanted)
             await self._controller.own(name)
             proposal = Proposal(
@@ -169,7 +189,7 @@ class Releases:
                 if wanted.kind == "plain":
                     await self._controller.finish(trial, by)
                 else:
-                    await self._controller.advance(trial, 0, by, "")
+                    await self._controller.advance(trial, 0, trial.judge, by, "")
                     await self._controller.route(trial)
             except BaseException as error:
                 if not trial.over:
@@ -180,12 +200,20 @@ class Releases:
 
     async def promote(self, name: str, back: Back) -> ReleaseStatus:
         """Take the next step, whatever the judge says. Raises `Conflict` where no release is under way."""
-        async with self._controller.lock:
-            trial = self._trial(name)
-            # Who judges writes down what it knows now and then; that must not stand in the way of people.
-            await self._controller.refresh(trial)
-            await self._controller.step(self._trial(name), back.by or CONTROLLER, back.why or "by hand")
-            return self._status(trial)
+        async with self._controller.lock(name):
+            by, why = back.by or CONTROLLER, back.why or "by hand"
+            for _ in range(_TRIES):
+                await self._controller.refresh(self._trial(name))
+                trial = self._trial(name)
+                try:
+                    await self._controller.step(trial, by, why)
+                    return self._status(trial)
+                except LeaseLost:
+                    trial.lose_lease()
+                except Conflict:
+                    # Who judges writes down what it knows now and then; that must not stand in the way of people.
+                    continue
+            raise Conflict(f"others change the release of {name!r} all the time", hint="try again")
 
     async def rollback(self, name: str, back: Back) -> ReleaseStatus:
         """End the release under way, or go back to the version before. Raises `Conflict`, `VersionNotFound`.
@@ -195,12 +223,18 @@ class Releases:
         """
         began = time.perf_counter()
         by, why = back.by or CONTROLLER, back.why or "by hand"
+        if alias := self._controller.alias(name):
+            raise Conflict(
+                f"{name!r} follows {alias}: whoever moves the alias goes back",
+                hint=f"parbake versions {name} shows the numbers, parbake alias {name} "
+                f"{alias.rpartition('@')[2]} NUMBER moves it",
+            )
         trial = self._controller.trials.get(name)
         if trial is not None and back.to in ("", trial.champion):
             # Not behind the lock: somebody who has it may wait for the store.
             await self._controller.roll_back(trial, by, why)
             return self._status(trial, seconds=time.perf_counter() - began)
-        async with self._controller.lock:
+        async with self._controller.lock(name):
             left = self._supervisor.default_entry(name).version
             try:
                 release = await self._controller.ask(
@@ -208,7 +242,7 @@ class Releases:
                 )
             except StateAway as error:
                 await self._back_without_store(name, left, back.to, by, why, error)
-                to, since = self._supervisor.default_entry(name).version, time.time()
+                to, since, image = self._supervisor.default_entry(name).version, time.time(), ""
             else:
                 if (other := self._controller.trials.pop(name, None)) is not None:
                     other.over = True
@@ -217,14 +251,16 @@ class Releases:
                     self._supervisor.arranged(name, left),
                 )
                 await self._controller.no_route(name)
-                await self._supervisor.arrange(name, (kept, arranged))
+                # This server may be behind, and have it in force.
+                both = (arranged,) if kept.version == arranged.version else (kept, arranged)
+                await self._supervisor.arrange(name, both)
                 self._controller.before.pop(name, None)
                 self._controller.live[name] = release.id
-                to, since = release.proposal.version, release.changed
+                to, since, image = release.proposal.version, release.changed, release.proposal.image
             log().warning("release.rolled_back", deployment=name, to=to, by=by, why=why)
             return ReleaseStatus(
                 name, left, to, "rolled_back", since=since, seconds=time.perf_counter() - began,
-                note=self._controller.note(name),
+                note=self._controller.note(name), image=image,
             )  # fmt: skip
 
     async def _back_without_store(
@@ -259,18 +295,20 @@ class Releases:
 
     async def tune(self, name: str, change: TuningChange) -> ReleaseStatus:
         """Change parameters while it serves: see `Tuning`. Raises `Conflict`, `SettingsError`, `ModelNotFound`."""
-        async with self._controller.lock:
+        async with self._controller.lock(name):
             self._supervisor.default_entry(name)
             trial = self._controller.trials.get(name)
             if trial is None and set(change.values) - {"hold"}:
                 raise Conflict(
                     f"no release of {name!r} is under way", hint="without one only hold can be set"
                 )
-            number = trial.release.id if trial is not None else 0
             by = change.by or CONTROLLER
 
             def write(state: State) -> Parameters:
                 now = state.parameters(name)
+                # Another server may try a version that this one does not know of yet.
+                under_way = state.releases(name, under_way=True)
+                number = under_way[-1].id if under_way else 0
                 values = tuned(now, number, change.values)
                 if trial is not None:
                     # What cannot be a margin is refused before it stands in the history.
@@ -306,6 +344,7 @@ class Releases:
             last.step, last.proposal.steps, last.changed,
             verdict=judge.verdict() if judge is not None and judge.challenger.requests else None,
             requests=_requests(judge) if judge is not None else (0, 0),
+            against=self._controller.before.get(name, "") if last.state == "live" else champion.version,
             tuning=tuning_of(parameters, last.id), note=self._controller.note(name),
         )  # fmt: skip
 
@@ -323,7 +362,10 @@ class Releases:
         return judge
 
     async def _last(self, name: str) -> Release:
-        releases = await self._controller.ask(lambda state: state.releases(name))
+        ledger = self._controller.ledger
+        # To ask how something stands makes no store.
+        there = ledger.is_open or ledger.is_there
+        releases = await self._controller.ask(lambda state: state.releases(name)) if there else ()
         if not releases:
             raise Conflict(f"{name!r} was never released", hint=f"parbake deploy {name}@2 BUNDLE")
         return max(releases, key=lambda release: release.id)
@@ -370,9 +412,11 @@ class Releases:
 
     def _status(self, trial: Trial, gate: GateReport | None = None, seconds: float = 0.0) -> ReleaseStatus:
         release, proposal = trial.release, trial.release.proposal
+        answers = proposal.version if release.state == "live" else trial.champion
         return ReleaseStatus(
-            proposal.deployment, proposal.version, trial.champion, release.state, proposal.kind, release.share,
-            release.step, proposal.steps, release.changed, trial.verdict, _requests(trial.judge), gate, seconds,
+            proposal.deployment, proposal.version, answers, release.state, proposal.kind, release.share,
+            release.step, proposal.steps, release.changed, trial.verdict, _requests(trial.judge), trial.champion,
+            gate, seconds,
             trial.lease is not None, trial.tuning, self._controller.note(proposal.deployment),
         )  # fmt: skip
 

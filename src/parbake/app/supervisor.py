@@ -89,6 +89,7 @@ from parbake.release.registry import is_reference, parse_reference
 from parbake.runtime import cpu, memory
 from parbake.runtime.confine import Confinement
 from parbake.runtime.pool import Runner, RunnerPool, end_process
+from parbake.serving.route import Watch, check_watch
 from parbake.settings import (
     DEADLINE_MS,
     DEFAULT_ANSWER,
@@ -465,11 +466,14 @@ class Supervisor:
             if not mine:
                 raise self._no_deployment(name)
             wanted: list[Target] = []
+            kept: set[tuple[str, str]] = set()
             for item in versions:
                 bundle = str(Path(item.bundle).resolve())
                 known = [
                     t for t in mine if t.version == item.version and str(Path(t.bundle).resolve()) == bundle
                 ]
+                if known and known[0].loaded:
+                    kept.add((name, item.version))
                 settings = msgspec.structs.replace(mine[-1].settings, version=item.version, bundle=bundle)
                 wanted.append(
                     replace(known[0], loaded=True)
@@ -496,7 +500,9 @@ class Supervisor:
             at = self._targets.index(mine[0])
             others = [replace(target) for target in self._targets if target.name != name]
             targets = [*others[:at], *wanted, *others[at:]]
-            resolved = await asyncio.to_thread(self._resolve, targets, only=frozenset((name,)))
+            resolved = await asyncio.to_thread(
+                self._resolve, targets, only=frozenset((name,)), kept=frozenset(kept)
+            )
             await self._apply(resolved, targets)
 
     @property
@@ -542,6 +548,11 @@ class Supervisor:
         """The keys one of which must have signed a bundle; None where nobody need have."""
         trusted_keys = self.settings.server.trusted_keys
         return read_trusted(Path(trusted_keys)) if trusted_keys else None
+
+    def check_watch(self, name: str, watch: Watch) -> None:
+        """Raise `InvalidInput` where the versions of a deployment have no such output or column."""
+        entry = self.default_entry(name)
+        check_watch(self._bundles[(name, entry.version)].contract, watch)
 
     def has_route(self, name: str) -> bool:
         """Whether a route is in force."""
@@ -919,10 +930,17 @@ class Supervisor:
                 target.mode = "hybrid"
         return name
 
-    def _resolve(self, targets: list[Target], *, only: frozenset[str] = frozenset()) -> Resolved:
+    def _resolve(
+        self,
+        targets: list[Target],
+        *,
+        only: frozenset[str] = frozenset(),
+        kept: frozenset[tuple[str, str]] = frozenset(),
+    ) -> Resolved:
         """Verify bundles and tables, and say what to serve. Reads files: call it in a thread.
 
-        ``only`` names the deployments to be looked at (none: all); of the others what is in force stays.
+        ``only`` names the deployments to be looked at (none: all); of the others what is in force stays. So do the
+        versions ``kept``, whatever has become of their files.
         """
         resolved = Resolved()
         trusted_keys = self.settings.server.trusted_keys
@@ -935,7 +953,13 @@ class Supervisor:
         # Those that are loaded on demand are many, and rarely at work at the same time.
         total = always + (always < len(targets)) or 1
         read = read_bundles(
-            [t.bundle for t in targets if t.loaded and (not only or t.name in only or not t.name)]
+            [
+                t.bundle
+                for t in targets
+                if t.loaded
+                and (not only or t.name in only or not t.name)
+                and not ((t.name, t.version) in kept and (t.name, t.version) in in_force)
+            ]
         )
         taken: set[tuple[str, str]] = set()
         for target in targets:
@@ -944,7 +968,7 @@ class Supervisor:
                 numbers[target.name] = numbers.get(target.name, 0) + 1
                 continue
             identity = (target.name, target.version)
-            if only and target.name not in only and identity in in_force:
+            if only and (target.name not in only or identity in kept) and identity in in_force:
                 numbers[target.name] = numbers.get(target.name, 0) + 1
                 entries.append(in_force[identity])
                 taken.add(identity)

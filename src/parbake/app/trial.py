@@ -1,6 +1,6 @@
 """A release under way as one server sees it: what it counts, what the judge makes of it, which route it takes.
 
-Values and what follows from them; `parbake.app.releases` does what has to be done.
+Values and what follows from them; `parbake.app.controller` does what has to be done.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 from msgspec import Struct
 
 from parbake.app.routes import Observed
-from parbake.errors import SettingsError
+from parbake.errors import Conflict, SettingsError
 from parbake.release.judge import Decision, Judge, Margins, Verdict
 from parbake.release.model import OPEN, Release, VerdictRecord
 from parbake.runtime.observation import Observation, empty
@@ -62,6 +62,8 @@ class Tuning(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True
             raise SettingsError(str(error)) from error
 
 
+_TRIES: Final = 5
+"""How often an end is written down where somebody else writes at the same time."""
 _FOR_ALL = ("hold",)
 """What holds for later releases of the deployment too."""
 _RELEASE = "release"
@@ -111,6 +113,8 @@ class Trial:
     tuning: Tuning = field(default_factory=Tuning)
     tuned: int = 0
     """Version of the parameters that are in force."""
+    routed: Route | None = None
+    """The route that was put in force last."""
     over: bool = False
     """It is being ended: whoever was in the middle of something with it leaves it."""
 
@@ -138,11 +142,20 @@ class Trial:
         every = self.tuning.every_s
         return self.release.proposal.every_s if every is None else every
 
+    def lose_lease(self) -> None:
+        """Another server judges: ask for it again."""
+        self.lease, self.leased = None, -math.inf
+
+    def on_step(self, release: Release, judge: Judge) -> None:
+        """Go on with another step: what the judge said of the one before says nothing of this one."""
+        self.release, self.judge, self.verdict = release, judge, None
+        self.stepped = time.monotonic()
+
     def take_up(self, release: Release) -> None:
         """Go on with what another server has written of it."""
         now = time.monotonic()
         if release.step != self.release.step:
-            self.stepped = now
+            self.stepped, self.verdict = now, None
         bins = self.judge.bins
         self.release = release
         if release.judge_state:
@@ -206,18 +219,32 @@ class Trial:
         known = msgspec.msgpack.encode(self.judge)
         record = record_of(verdict) if verdict is not None else None
 
-        def write(state: State) -> None:
+        told = False
+
+        def end(state: State) -> None:
+            nonlocal told
             now = state.release(number)
-            if now.state in OPEN:
-                if record is not None:
-                    state.record_verdict(now, record, by=by)
-                now = state.remember(now, known)
-                state.finish(now, "rolled_back" if now.state == "running" else "aborted", by=by, why=why)
-            elif now.state == "live":
+            if now.state not in (*OPEN, "live"):
+                return
+            if record is not None and not told:
+                state.record_verdict(now, record, by=by)
+                told = True
+            if now.state == "live":
                 # It was taken live just then, and taken back all the same.
-                if record is not None:
-                    state.record_verdict(now, record, by=by)
                 state.roll_back(name, to=champion, by=by, why=why)
+                return
+            now = state.remember(now, known)
+            state.finish(now, "rolled_back" if now.state == "running" else "aborted", by=by, why=why)
+
+        def write(state: State) -> None:
+            for _ in range(_TRIES - 1):
+                try:
+                    end(state)
+                    return
+                except Conflict:
+                    # Whoever judges wrote down just then what it knows: read it again.
+                    continue
+            end(state)
 
         return write
 

@@ -99,7 +99,8 @@ def show(status: ReleaseStatus) -> None:
     emit(f"judge: {verdict.decision.value.replace('_', ' ')}: {plain(verdict.reason)}")
     if verdict.evidence and any(status.requests):
         champion, challenger = status.requests
-        emit(f"of {challenger:,} requests, beside {champion:,} of version {status.champion}")
+        beside = f"version {status.against}" if status.against else "the version before"
+        emit(f"of {challenger:,} requests, beside {champion:,} of {beside}")
         emit_table([_evidence(one) for one in verdict.evidence], _TITLES)
 
 

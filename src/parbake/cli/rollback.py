@@ -38,3 +38,5 @@ def command(name: str, to: str, why: str, who: str, as_json: bool, **where: Any)
         say(
             f"{name} is version {status.champion} again after {status.seconds:.2f} s; version {status.version} is out"
         )
+        if status.image:
+            say(f"the image with version {status.champion} in it is {status.image.partition(' ')[0]}")

@@ -176,7 +176,6 @@ class RunnerPool:
 
         Raises what starting raises, and then the old one stays.
         """
-        launched_at = time.monotonic()
         started, loaded = await self._launch(runner.assignment)
         old, watcher = runner.process, runner.watcher
         if runner.stopping or old is None or old.returncode is not None:
@@ -186,7 +185,7 @@ class RunnerPool:
         if watcher is not None:
             # It closes the line to the old one, which ends after the batch that it runs.
             watcher.cancel()
-        runner.process, runner.loaded, runner.started = started.process, loaded, launched_at
+        runner.process, runner.loaded, runner.started = started.process, loaded, time.monotonic()
         runner.first_bytes = memory.resident(started.process.pid)
         runner.restarts += 1
         runner.watcher = asyncio.create_task(self._watch(runner, started.control))

@@ -431,9 +431,14 @@ def check_served(route: Route, contracts: Mapping[str, Contract]) -> None:
                 )
     Chooser(route, champion, lambda: 0.0)
     if route.watch is not None:
-        watched(champion, route.watch.output)
-        if route.watch.segment:
-            Column(champion, route.watch.segment)
+        check_watch(champion, route.watch)
+
+
+def check_watch(contract: Contract, watch: Watch) -> None:
+    """Raise `InvalidInput` where there is no such output or column."""
+    watched(contract, watch.output)
+    if watch.segment:
+        Column(contract, watch.segment)
 
 
 def watched(contract: Contract, name: str) -> tuple[int, TensorSpec]:

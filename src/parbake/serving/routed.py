@@ -125,7 +125,11 @@ class Routed:
                     observer.pair(saved=False)
                 done(served, result)
                 if served is self.champion and route.shadows:
-                    self._spare(row)
+                    try:
+                        self._spare(row)
+                    except Exception:
+                        # The caller has the answer.
+                        log().exception("route.not_observed", deployment=route.deployment)
                 return
             done(served, result)
             try:

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from parbake.app.registry import open_bundles, open_registry
+from parbake.app.releases import Back, Wanted
 from parbake.app.supervisor import Change
 from parbake.contract.bundle import MANIFEST, read_bundle
-from parbake.errors import ModelNotFound, ServerNotFound, VersionNotFound
+from parbake.errors import Conflict, ModelNotFound, ServerNotFound, VersionNotFound
 from parbake.release.bundles import folder_name
 from parbake.release.registry import Registration
 from parbake.testing import serving
@@ -226,3 +227,22 @@ def test_the_bundle_store_dies_in_the_middle_and_what_is_cached_serves_on(
         wait_for(lambda: released.factor(server.url) == 3)
         assert not client.status(port=server.port).following[0].problem
         assert server.log().count("alias.not_followed") == 3
+
+
+def test_who_follows_an_alias_is_not_held_to_what_was_released_before(released: Released) -> None:
+    def register(factor: float) -> str:
+        path = write_scaled(released.folder / f"named-{factor}.bundle", factor, name=released.name).path
+        return released.register(factor, alias=False, path=path)
+
+    first, second = register(2.0), register(3.0)
+    released.point(first)
+    with serving(f"models:/{released.name}@{first}", **released.options()) as server:
+        wanted = Wanted(second, f"models:/{released.name}@{second}", by="ada")
+        assert client.release(released.name, wanted, port=server.port).state == "live"
+        assert released.factor(server.url) == 3.0
+    with serving(released.reference, **released.options()) as server:
+        assert released.factor(server.url) == 2.0
+        with pytest.raises(Conflict, match="follows"):
+            client.rollback(released.name, Back(), port=server.port)
+        with pytest.raises(Conflict, match="follows"):
+            client.release(released.name, wanted, port=server.port)
