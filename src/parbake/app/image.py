@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 IMAGES: Final = "images"
 DEFAULT_BASE: Final = f"{parts.BOOTSTRAP}bookworm"
-_LEDGER: Final = "built.json"
+_BUILT: Final = "built.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -381,17 +381,17 @@ def _below(layers: tuple[str, ...], kept: list[tuple[str, ...]]) -> bool:
 
 def _read(folder: Path) -> list[Image]:
     try:
-        return msgspec.json.decode((folder / _LEDGER).read_bytes(), type=list[Image])
+        return msgspec.json.decode((folder / _BUILT).read_bytes(), type=list[Image])
     except FileNotFoundError:
         return []
     except msgspec.DecodeError as error:
-        raise BuildFailed(f"{folder / _LEDGER} is not readable: {error}", hint="remove it") from error
+        raise BuildFailed(f"{folder / _BUILT} is not readable: {error}", hint="remove it") from error
 
 
 def _write(folder: Path, found: list[Image]) -> None:
     with tempfile.NamedTemporaryFile("wb", dir=folder, prefix=".new-", delete=False) as handle:
         handle.write(msgspec.json.format(msgspec.json.encode(found)))
-    Path(handle.name).replace(folder / _LEDGER)
+    Path(handle.name).replace(folder / _BUILT)
 
 
 __all__ = [

@@ -116,11 +116,13 @@ def gather(
         for where, server in servers.items()
         for item in server.items
     ]
-    running = {(item.digest, item.bundle) for item in found}
+    # The same content is the same version, wherever copies of it lie.
+    seen = {item.digest for item in found if item.digest}
     for path in paths:
         for bundle in bundles_below(path):
             item = item_at(bundle)
-            if (item.digest, str(bundle.resolve())) not in running:
+            if item.digest not in seen:
+                seen |= {item.digest} - {""}
                 found.append(msgspec.structs.replace(item, where=str(path)))
     items = tuple(found)
     if facts is not None:

@@ -62,7 +62,7 @@ class Wanted(Struct, frozen=True, forbid_unknown_fields=True):
         if list(self.steps) != sorted(self.steps):
             raise ValueError("each step has at least the share of the one before")
         if (self.waive or self.breaking) and not self.why:
-            raise ValueError("what is let pass needs a why: waive, breaking")
+            raise ValueError("what is let pass (waive, breaking, force) needs a reason: --why TEXT")
 
 
 class Back(Struct, frozen=True, forbid_unknown_fields=True):

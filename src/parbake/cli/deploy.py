@@ -195,9 +195,12 @@ def _kind_and_steps(canary: str, ab: str, *, shadow: bool, bandit: bool) -> tupl
 def _share(text: str) -> float:
     text = text.strip()
     try:
-        return float(text.removesuffix("%")) / 100
+        share = float(text.removesuffix("%")) / 100
     except ValueError as error:
         raise click.UsageError(f"{text!r} is no share: write 5%") from error
+    if not 0 <= share <= 1:
+        raise click.UsageError(f"{text!r} is no share: from 0% to 100%")
+    return share
 
 
 def _seconds(text: str) -> float:
@@ -208,6 +211,8 @@ def _seconds(text: str) -> float:
 
 
 def _margin(text: str) -> tuple[str, float]:
+    from parbake.release.judge import Margins
+
     name, separator, value = text.partition("=")
     try:
         number = float(value)
@@ -216,4 +221,6 @@ def _margin(text: str) -> tuple[str, float]:
         number = 0.0
     if not separator:
         raise click.UsageError(f"--margin {text!r}: expected NAME=NUMBER, as in p99=0.2")
+    if name not in Margins.__struct_fields__:
+        raise click.UsageError(f"--margin {text!r}: there are {', '.join(Margins.__struct_fields__)}")
     return name, int(number) if name == "requests" else number

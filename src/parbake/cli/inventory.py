@@ -103,6 +103,7 @@ def command(
     What is not known is said to be unknown: a service that does not answer has found nothing out.
     """
     from parbake.app.inventory import StoredFacts, gather
+    from parbake.app.registry import cache_root
 
     if as_csv and as_json:
         raise click.UsageError("--csv or --json, not both")
@@ -114,6 +115,10 @@ def command(
     with closing(state) if state is not None else nullcontext():
         facts = StoredFacts(state) if state is not None else None
         source = "" if pair is not None else source
+        # What was released may have been fetched from a registry.
+        fetched = cache_root(state_settings(config, values))
+        if facts is not None and fetched.is_dir():
+            paths = (*paths, fetched)
         found = gather(servers, paths, facts=facts, why_no_facts=why, advisories=source)
     if pair is not None:
         _show_diff(pair, found, as_json)

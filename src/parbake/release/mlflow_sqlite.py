@@ -23,7 +23,7 @@ _THERE = "RESOURCE_ALREADY_EXISTS"
 
 
 class SqliteCalls(Calls):
-    """MLflow's own library on the file ``path``, which is made with the first call (that takes seconds).
+    """MLflow's own library on the file ``path``, which the first call that writes makes (that takes seconds).
 
     Raises `MissingExtra` where MLflow is not installed.
     """
@@ -48,6 +48,8 @@ class SqliteCalls(Calls):
     def model_names(self) -> Sequence[str]:
         """As `Calls.model_names`."""
         names: list[str] = []
+        if not self._is_there:
+            return names
         token: str | None = None
         while True:
             with self._asked() as client:
@@ -59,6 +61,7 @@ class SqliteCalls(Calls):
 
     def model_aliases(self, name: str) -> dict[str, str]:
         """As `Calls.model_aliases`."""
+        self._expect()
         with self._asked() as client:
             return {
                 alias: str(version) for alias, version in client.get_registered_model(name).aliases.items()
@@ -67,6 +70,8 @@ class SqliteCalls(Calls):
     def search(self, name: str) -> Sequence[Found]:
         """As `Calls.search`."""
         found: list[Found] = []
+        if not self._is_there:
+            return found
         token: str | None = None
         while True:
             with self._asked() as client:
@@ -78,11 +83,13 @@ class SqliteCalls(Calls):
 
     def by_number(self, name: str, version: str) -> Found:
         """As `Calls.by_number`."""
+        self._expect()
         with self._asked() as client:
             return _found(client.get_model_version(name, version))
 
     def by_alias(self, name: str, alias: str) -> Found:
         """As `Calls.by_alias`."""
+        self._expect()
         with self._asked(absent=(*_ABSENT, _NO_ALIAS)) as client:
             return _found(client.get_model_version_by_alias(name, alias))
 
@@ -90,6 +97,15 @@ class SqliteCalls(Calls):
         """As `Calls.set_alias`."""
         with self._asked() as client:
             client.set_registered_model_alias(name, alias, version)
+
+    @property
+    def _is_there(self) -> bool:
+        return self._client is not None or self._path.exists()
+
+    def _expect(self) -> None:
+        """To look something up makes no registry."""
+        if not self._is_there:
+            raise Missing(f"there is no registry at {self.where}")
 
     @contextlib.contextmanager
     def _asked(

@@ -1,22 +1,24 @@
 """The admin API: status, inventory, reload, load, unload, metrics; on loopback, on a port of its own, with a token.
 
-====== ============================ =====================================================
-GET    /admin/status                what is served, by which processes
-POST   /admin/reload                ``{"changes": [{"name", "bundle", "table", "mode"}]}``, all optional
-POST   /admin/models/NAME/load      load a configured deployment (again)
-POST   /admin/models/NAME/unload    unload it
-GET    /admin/inventory             what is served or could be, on what, whose it is
-GET    /admin/routes/NAME           how the requests of a deployment are shared out, and what came of it
-POST   /admin/routes/NAME           change it: ``{"route"}``, ``{"killed"}`` or ``{"remove": true}``, and ``revision``
-GET    /admin/releases/NAME         how the release of a deployment stands
-POST   /admin/releases/NAME         release a version: gate, canary, judge
-GET    /admin/releases/NAME/judge   all that its judge knows
-POST   /admin/releases/NAME/promote one step further; ``rollback`` goes back; ``parameters`` changes it as it runs
-POST   /admin/labels/NAME           labels, as ``POST /v2/models/NAME/labels`` on the serving port has them
-GET    /admin/traffic               cardinality, peakedness and coverage curve by deployment
-GET    /metrics                     as on the serving port
-GET    /admin/health                no token needed
-====== ============================ =====================================================
+====== ================================ =====================================================
+GET    /admin/status                    what is served, by which processes
+POST   /admin/reload                    ``{"changes": [{"name", "bundle", "table", "mode"}]}``, all optional
+POST   /admin/models/NAME/load          load a configured deployment (again)
+POST   /admin/models/NAME/unload        unload it
+GET    /admin/inventory                 what is served or could be, on what, whose it is
+GET    /admin/routes/NAME               how the requests of a deployment are shared out, and what came of it
+POST   /admin/routes/NAME               change it: ``{"route"}``, ``{"killed"}`` or ``{"remove": true}``; ``revision``
+GET    /admin/releases/NAME             how the release of a deployment stands
+POST   /admin/releases/NAME             release a version: gate, canary, judge
+GET    /admin/releases/NAME/judge       all that its judge knows
+POST   /admin/releases/NAME/promote     one step further
+POST   /admin/releases/NAME/rollback    back to the version before, or to another one
+POST   /admin/releases/NAME/parameters  change it while it runs
+POST   /admin/labels/NAME               labels, as ``POST /v2/models/NAME/labels`` on the serving port has them
+GET    /admin/traffic                   cardinality, peakedness and coverage curve by deployment
+GET    /metrics                         as on the serving port
+GET    /admin/health                    no token needed
+====== ================================ =====================================================
 """
 
 from __future__ import annotations

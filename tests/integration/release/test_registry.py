@@ -124,3 +124,12 @@ def test_what_is_no_registry_is_said_at_once(tmp_path: Path) -> None:
     pytest.importorskip("mlflow")
     with pytest.raises(RegistryAway, match=r"mlflow\.db"):
         open_registry(f"sqlite:///{file}").names()
+
+
+def test_to_look_something_up_makes_no_registry(tmp_path: Path) -> None:
+    registry = open_registry(f"sqlite:///{tmp_path / 'none' / 'mlflow.db'}")
+    assert list(registry.names()) == []
+    for look in (lambda: registry.versions("eta"), lambda: registry.version("eta", "1")):
+        with pytest.raises(ModelNotFound):
+            look()
+    assert not (tmp_path / "none").exists()
