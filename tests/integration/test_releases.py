@@ -17,12 +17,13 @@ import numpy as np
 import pytest
 
 from parbake.app.releases import Back, ReleaseStatus, TuningChange, Wanted
+from parbake.app.routes import RouteChange
 from parbake.contract.bundle import Goldens
 from parbake.contract.model import TensorSpec
 from parbake.errors import Conflict, GateRefused, ParbakeError, SettingsError, VersionNotFound
 from parbake.release.database import open_database
 from parbake.release.judge import Decision, Margins
-from parbake.serving.route import Watch
+from parbake.serving.route import Arm, Route, Watch
 from parbake.testing import Server, serving
 from parbake.transports import client
 from tests.functions import write_function, write_scaled
@@ -88,6 +89,12 @@ def test_all_at_once_and_back_in_no_time(tmp_path: Path) -> None:
         assert (back.champion, back.version) == ("1", "2")
         assert back.seconds > 0
         assert factors(server) == {2}
+        by_hand = Route("scaled", "1", (Arm("1", 0.6), Arm("2", 0.4)))
+        client.set_route("scaled", RouteChange(route=by_hand), port=server.port)
+        with pytest.raises(Conflict) as found_out:
+            client.rollback("scaled", Back(to="1"), port=server.port)
+        assert "--kill" in found_out.value.hint
+        client.set_route("scaled", RouteChange(remove=True), port=server.port)
         # What has been taken back may be tried again, although it is still loaded.
         again = deploy(server, three, kind="canary", steps=(0.5, 1.0), margins=Margins(requests=100_000))
         assert (again.state, again.champion, again.share) == ("running", "1", 0.5)

@@ -240,6 +240,14 @@ class Releases:
                 release = await self._controller.ask(
                     lambda state: state.roll_back(name, to=back.to, by=by, why=why)
                 )
+            except Conflict as error:
+                if trial is not None or not self._supervisor.has_route(name):
+                    raise
+                # It is live; but somebody shares requests out by hand.
+                raise Conflict(
+                    error.message,
+                    hint=f"a route is in force: parbake route {name} --kill sends everything to its champion",
+                ) from error
             except StateAway as error:
                 await self._back_without_store(name, left, back.to, by, why, error)
                 to, since, image = self._supervisor.default_entry(name).version, time.time(), ""
