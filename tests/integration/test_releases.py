@@ -185,7 +185,7 @@ def test_what_breaks_callers_or_has_no_owner_is_released_by_force_and_stands_in_
         refused = parbake(tmp_path, *how)
         assert "schema" in refused.stderr
         assert "metadata" not in refused.stderr
-        with pytest.raises(ValueError, match="needs a why"):
+        with pytest.raises(ValueError, match="needs a reason"):
             deploy(server, wider, breaking=True)
         done = parbake(tmp_path, *how, "--breaking", "--who", "ada")
         assert done.returncode == 0, done.stderr
