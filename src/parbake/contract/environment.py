@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import platform
 import re
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Final
 
 from parbake.contract.model import Environment, Library
@@ -16,6 +18,8 @@ _FIELD: Final = re.compile(r"^(Name|Version): *(\S+)", re.MULTILINE)
 # The first part of each path, or the stem of a module that lies at the top.
 _TOP: Final = re.compile(r"^([A-Za-z_]\w*)(?:/|(?:\.[\w-]+)*\.(?:py|so|pyd)(?=,))", re.MULTILINE)
 
+# What can be imported.
+_MODULES: Final = frozenset({".py", ".so", ".pyd"})
 
 _CPU: Final = re.compile(r"^(?:model name|Model|Hardware)\s*: *(.+)$", re.MULTILINE)
 _GPU: Final = re.compile(r"^Model: *(.+)$", re.MULTILINE)
@@ -80,21 +84,55 @@ def differences(packed: Environment, here: Environment) -> list[Difference]:
     return sorted(found, key=lambda difference: (not difference.required, difference.name))
 
 
-def distributions() -> dict[str, str]:
-    """All installed distributions by the top-level modules that they provide.
+class Distributions:
+    """The installed distributions, by the modules that they provide.
 
-    `importlib.metadata.packages_distributions` says the same ten times as slowly.
+    `importlib.metadata.packages_distributions` says the same of top-level names only, ten times as slowly. A
+    namespace that several share (``google`` of protobuf and of google-auth) belongs to none of them; what lies
+    in it does. Of two that bring the very same module, the first by name stands for both, wherever they lie.
     """
-    found: dict[str, str] = {}
-    for distribution in metadata.distributions():
-        name = _head(distribution).get("Name")
-        top_level = distribution.read_text("top_level.txt")
-        if top_level is not None:
-            tops = set(top_level.split())
-        else:
-            tops = set(_TOP.findall(distribution.read_text("RECORD") or ""))
-        for top in tops if name else ():
-            found.setdefault(top, _canonical(str(name)))
+
+    def __init__(self, path: Sequence[str] | None = None) -> None:
+        """``path`` is where to look instead of `sys.path`."""
+        claims: dict[str, dict[str, metadata.Distribution]] = {}
+        for distribution in metadata.distributions(path=list(sys.path if path is None else path)):
+            name = _head(distribution).get("Name")
+            top_level = distribution.read_text("top_level.txt")
+            if top_level is not None:
+                tops = set(top_level.split())
+            else:
+                tops = set(_TOP.findall(distribution.read_text("RECORD") or ""))
+            for top in tops if name else ():
+                claims.setdefault(top, {}).setdefault(_canonical(str(name)), distribution)
+        self._by_module: dict[str, str] = {}
+        for top, named in claims.items():
+            if len(named) == 1:
+                self._by_module[top] = next(iter(named))
+                continue
+            for name, distribution in sorted(named.items()):
+                for module in _regular(distribution, top):
+                    self._by_module.setdefault(module, name)
+
+    def of(self, module: str) -> str | None:
+        """The distribution of a module; None for a namespace, and for what no distribution brings."""
+        while module and module not in self._by_module:
+            module = module.rpartition(".")[0]
+        return self._by_module.get(module)
+
+
+def _regular(distribution: metadata.Distribution, top: str) -> set[str]:
+    """The outermost modules and packages of a distribution that lie under a top-level name and are no namespace."""
+    files = re.findall(
+        rf"^({re.escape(top)}[/.][^,\n]*)", distribution.read_text("RECORD") or "", re.MULTILINE
+    )
+    packages = {PurePosixPath(file).parent for file in files if file.endswith("/__init__.py")}
+    found: set[str] = set()
+    for file in map(PurePosixPath, files):
+        if file.suffix not in _MODULES:
+            continue
+        outer = [folder for folder in reversed(file.parents) if folder in packages]
+        at = outer[0] if outer else file.with_name(file.name.partition(".")[0])
+        found.add(".".join(at.parts))
     return found
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import platform
+from pathlib import Path
 
 import msgspec
 from msgspec.structs import replace
 
-from parbake.contract.environment import capture, differences, distributions
+from parbake.contract.environment import Distributions, capture, differences
 from parbake.contract.model import Contract, Environment, Library, Step, TensorSpec
 
 HERE = Environment(
@@ -48,9 +49,36 @@ def test_another_minor_python_matters_to_own_code_only() -> None:
 
 
 def test_a_module_is_traced_to_its_distribution() -> None:
-    found = distributions()
-    assert found["google"] == "protobuf"
-    assert "json" not in found
+    found = Distributions()
+    assert found.of("google.protobuf") == found.of("google.protobuf.message") == "protobuf"
+    assert found.of("numpy.linalg") == "numpy"
+    assert found.of("json") is None
+
+
+def test_a_shared_namespace_belongs_to_nobody_whoever_comes_first_on_the_path(tmp_path: Path) -> None:
+    records = {
+        "first": ["shared/one/__init__.py", "shared/one/deep/__init__.py", "shared/deeper/a/x.py"],
+        "second": ["shared/two.py", "shared/deeper/b.cpython-311-x86_64-linux-gnu.so", "shared/notes.txt"],
+        "Third_Of": ["alone/__init__.py", "both/__init__.py"],
+        "fourth": ["both/__init__.py"],
+    }
+    folders = []
+    for name, files in records.items():
+        folders.append(tmp_path / name)
+        info = tmp_path / name / f"{name}-1.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
+        (info / "RECORD").write_text("".join(f"{file},sha256=x,1\n" for file in files))
+    for order in (folders, folders[::-1]):
+        found = Distributions([str(folder) for folder in order])
+        assert {module: found.of(module) for module in (
+            "shared", "shared.deeper", "shared.notes", "shared.one", "shared.one.deep.er", "shared.two",
+            "shared.deeper.a.x", "shared.deeper.b", "alone.any", "both", "absent",
+        )} == {
+            "shared": None, "shared.deeper": None, "shared.notes": None, "shared.one": "first",
+            "shared.one.deep.er": "first", "shared.two": "second", "shared.deeper.a.x": "first",
+            "shared.deeper.b": "second", "alone.any": "third-of", "both": "fourth", "absent": None,
+        }  # fmt: skip
 
 
 def test_the_lock_names_the_machine() -> None:

@@ -21,7 +21,7 @@ from typing import Any, Final
 import numpy as np
 
 from parbake.contract.datatypes import datatype_of
-from parbake.contract.environment import distributions
+from parbake.contract.environment import Distributions
 from parbake.contract.model import Step, TensorSpec
 from parbake.contract.rows import holds_gaps
 from parbake.contract.sources.dimension import along_rows
@@ -161,7 +161,7 @@ def read_code(function: str | Callable[..., Any], *, allow_pickle: bool = False)
     if _installed(file):
         # Not under the distribution's own name: the copied folder comes before it on the path.
         shim = f'"""The function of an installed library."""\n\nfrom {module} import {name}\n'
-        distribution = distributions().get(module.partition(".")[0])
+        distribution = Distributions().of(module)
         required = (distribution,) if distribution else ()
         return Code(found, f"parbake_entry:{name}", {"parbake_entry.py": shim.encode()}, required)
     root = file.parent
@@ -384,7 +384,7 @@ class _Copy:
     files: dict[str, bytes] = field(default_factory=dict)
     required: set[str] = field(default_factory=set)
     _taken: int = 0
-    _installed: dict[str, str] | None = None
+    _installed: Distributions | None = None
 
     def take_module(self, name: str, file: Path) -> None:
         """Copy a module, its packages' ``__init__`` and, in turn, what it imports."""
@@ -441,9 +441,9 @@ class _Copy:
         if top in sys.stdlib_module_names or top == "parbake" or top in sys.builtin_module_names:
             return
         if self._installed is None:
-            self._installed = distributions()
-        if top in self._installed:
-            self.required.add(self._installed[top])
+            self._installed = Distributions()
+        if (distribution := self._installed.of(name)) is not None:
+            self.required.add(distribution)
             return
         try:
             spec = importlib.util.find_spec(top)
