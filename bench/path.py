@@ -100,7 +100,7 @@ class Bench:
             stats=stats,
             recorder=recorder,
         )
-        front = SimpleNamespace(versions=lambda: [served])
+        front = SimpleNamespace(versions=lambda: [served], routed={})
         router = Router(cast(Any, front), ServerSettings(), cast(Any, None))
         site = Site(router.answer, Limits(), cast(asyncio.AbstractEventLoop, loop))
         self._loop = loop
@@ -149,6 +149,10 @@ class Bench:
         self._monitor.drain()
         return time.process_time() - started
 
+    def close(self) -> None:
+        """Write what is left, and end the background's thread."""
+        self._monitor.close()
+
 
 def main() -> None:
     """Measure each way in turn; print the least."""
@@ -169,6 +173,8 @@ def main() -> None:
         for _ in range(options.rounds):
             for way, bench in benches.items():
                 found[way].append((bench.ask(options.requests), bench.drain()))
+        for bench in benches.values():
+            bench.close()
     lines = []
     for way, times in found.items():
         front, back = (min(one[i] for one in times) / options.requests * 1e6 for i in (0, 1))

@@ -17,6 +17,8 @@ from bench import models
 from bench.clients import Wrk
 from bench.contenders import BARE, OWN_PYTHON, PATH, ROSTER, memory_mib, start
 from bench.machine import Machine
+from bench.path import WAYS
+from bench.path import Bench as Walk
 from bench.payloads import bodies, calls, check
 from bench.processes import cpu_seconds, peer, with_descendants
 from bench.report import Section, Table, at_least, at_most, fill, keep
@@ -47,6 +49,16 @@ def test_pages_have_the_figures_that_were_measured() -> None:
         text = path.read_text()
         assert set(re.findall(r"<!-- measured: (\S+) -->", text)) <= keys, path
         assert fill(text, sections) == text, f"{path}: not the figures of docs/benchmarks.json"
+
+
+def test_the_path_between_two_sockets_is_walked_in_every_way(tmp_path: Path) -> None:
+    packed = models.logistic_regression(tmp_path / "logistic", 80)
+    for way in WAYS:
+        # It compares answers with the model's, and raises where there are too few.
+        walk = Walk(packed, way, tmp_path, 8)
+        walk.ask(80)
+        walk.drain()
+        walk.close()
 
 
 @pytest.mark.needs("fastapi", "uvicorn")

@@ -13,6 +13,9 @@ import uvloop
 from parbake.app.bake import bake
 from parbake.contract.bundle import StoredBundle
 from parbake.testing import Server, serving
+from parbake.transports import client
+from tests.functions import write_scaled
+from tests.traffic import Call, answer, bake_rows, infer, wait_for
 
 
 def request(left: float, right: float, request_id: str = "") -> bytes:
@@ -139,3 +142,16 @@ def test_a_drain_answers_what_was_asked(doubler_bundle: StoredBundle, tmp_path: 
     ) as server:
         uvloop.run(scene(server))
         assert server.process.wait(30) == 0
+
+
+def test_a_reply_that_is_remembered_is_given_no_longer_than_its_table_is_fresh(tmp_path: Path) -> None:
+    bundle = write_scaled(tmp_path / "scaled.bundle", 2, freshness_s=4.0)
+    table = bake_rows(bundle, [(1, 2)], tmp_path / "table")
+    url, body = "/v2/models/scaled/infer", infer((1, 2))
+    with serving(bundle.path, "--table", str(table), mode="static") as server, Call(server.url) as call:
+        # Baked again, so that it is fresh however long the start has taken.
+        bake_rows(bundle, [(1, 2)], table, replace=True)
+        client.reload([], port=server.port)
+        assert [answer(call(url, body)) for _ in range(5)] == [[2, 4]] * 5
+        wait_for(lambda: call(url, body).status != 200)
+        assert call(url, body).status == 404

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import threading
 import time
 from pathlib import Path
 
+import numpy as np
+
+from parbake.contract.bundle import Goldens
 from parbake.runtime.pool import RunnerPool
 from parbake.testing import serving
 from parbake.transports import client
@@ -28,7 +32,8 @@ WEDGED = "/v2/models/wedged/infer"
 
 
 def test_a_wedged_runner_is_found_by_its_deadline_and_started_again(tmp_path: Path) -> None:
-    wedged = write_function(tmp_path, SLEEPS, name="wedged")
+    x = np.ones((2, 2), np.float32)
+    wedged = write_function(tmp_path, SLEEPS, name="wedged", goldens=Goldens({"x": x}, {"y": 2 * x}))
     table = bake_rows(wedged, [(1.0, 2.0)], tmp_path / "wedged.table")
     sound = write_scaled(tmp_path / "sound.bundle", 3, name="sound")
     got: list[Noted] = []
@@ -47,12 +52,13 @@ def test_a_wedged_runner_is_found_by_its_deadline_and_started_again(tmp_path: Pa
         versions = {v.name: v for v in client.status(port=server.port).versions}
         (pid,) = versions["wedged"].runner_pids
 
-        def ask(row: tuple[float, float]) -> threading.Thread:
+        def ask(row: tuple[float, ...]) -> threading.Thread:
             thread = threading.Thread(target=lambda: got.append(once(server.url, WEDGED, infer(row))))
             thread.start()
             return thread
 
-        threads = [ask(STUCK)]
+        # The first batch of this model, and of many rows: nobody knows yet how long those may take.
+        threads = [ask(STUCK + (5.0, 6.0) * 9)]
         wait_for(lambda: busy(server.url, WEDGED))
         threads += [ask((8.0, 9.0)), ask((7.0, 7.0))]
         for thread in threads:
@@ -67,7 +73,8 @@ def test_a_wedged_runner_is_found_by_its_deadline_and_started_again(tmp_path: Pa
         other.wait(5)
         baked.wait(5)
         log = server.log()
-    assert "runner.wedged" in log
+    (after_s,) = (json.loads(line)["after_s"] for line in log.splitlines() if '"runner.wedged"' in line)
+    assert 2.0 <= after_s < 2.5
     assert "runner.killed" in log
     # Whoever was in the batch, or behind it, is told, and by its name.
     assert len(got) == 3

@@ -83,7 +83,7 @@ class RunnerBackend(asyncio.Protocol):
         self._sent_at = 0.0
         self._rows = 0
         self._row_s = 0.0
-        """Time of one row in the slowest of the last batches."""
+        """Time of one row in the slowest of the last batches; before there was one, of a golden row."""
         self._said_up = False
         """Whether `_on_up` was called, and not yet `_on_down`."""
         self._closed = False
@@ -208,6 +208,8 @@ class RunnerBackend(asyncio.Protocol):
             return
         if request_id == self._probe_id:
             self._probe_id = 0
+            # Before the first batch: of many rows one may hang, and must not be waited for as if all were slow.
+            self._row_s = self._row_s or seconds
             if self._greeted is not None:
                 self._transport, self._greeted = self._greeted, None
                 self._said_up = True

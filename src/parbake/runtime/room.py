@@ -270,7 +270,7 @@ class _Room:
                     # Not read, as far as the front is concerned.
                     continue
                 if not rows:
-                    answer(model.session, front.socket, frame)
+                    answer(model.session, front.socket, frame, model.row_s)
                 else:
                     self._take(model, front, frame, rows)
         except (OSError, EOFError, ValueError):
@@ -326,7 +326,7 @@ class _Room:
             return
         self._marks[model.slot] = WORKING
         try:
-            answer(session, front.socket, frame)
+            answer(session, front.socket, frame, model.row_s)
         except (OSError, ValueError):
             # The thread that reads finds it closed.
             with suppress(OSError):

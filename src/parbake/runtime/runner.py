@@ -149,7 +149,7 @@ def main(descriptor: int, kept: tuple[str, ...] = ()) -> int:
     listener = listen(Path(assignment.socket))
     loaded = Loaded(rows, time.perf_counter() - started, row_us, kept)
     control.sendall(msgspec.json.encode(loaded) + b"\n")
-    _serve(session, listener, control)
+    _serve(session, listener, control, row_us / 1e6)
     return 0
 
 
@@ -164,7 +164,7 @@ class Connection:
         self.need = 8
 
 
-def _serve(session: Session, listener: socket.socket, control: socket.socket) -> None:
+def _serve(session: Session, listener: socket.socket, control: socket.socket, row_s: float) -> None:
     selector = selectors.DefaultSelector()
     selector.register(listener, selectors.EVENT_READ, None)
     selector.register(control, selectors.EVENT_READ, None)
@@ -181,7 +181,7 @@ def _serve(session: Session, listener: socket.socket, control: socket.socket) ->
             connection: Connection = key.data
             try:
                 for frame in receive(connection):
-                    answer(session, connection.socket, frame)
+                    answer(session, connection.socket, frame, row_s)
             except (OSError, EOFError, ValueError):
                 selector.unregister(connection.socket)
                 connection.socket.close()
@@ -207,15 +207,15 @@ def receive(connection: Connection) -> Sequence[bytes]:
     return frames
 
 
-def answer(session: Session, connected: socket.socket, frame: bytes) -> None:
-    """Run the batch of a frame, and send what came of it.
+def answer(session: Session, connected: socket.socket, frame: bytes, row_s: float) -> None:
+    """Run the batch of a frame, and send what came of it. ``row_s`` is the time of a golden row, 0 if there is none.
 
     Raises OSError where the front is gone, ValueError for a torn frame.
     """
     request_id, rows, raws, shapes = wire.read_request(frame)
     if not rows:
-        # A probe: that it is answered is the answer.
-        connected.sendall(b"".join(wire.reply_frame(request_id, wire.OK, 0.0, (), ())))
+        # A probe: that it is answered is the answer, and how long a row takes is good to know before the first batch.
+        connected.sendall(b"".join(wire.reply_frame(request_id, wire.OK, row_s, (), ())))
         return
     started = time.perf_counter()
     status, out_raws, out_shapes = wire.OK, [b""], [()]

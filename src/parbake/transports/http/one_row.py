@@ -57,6 +57,9 @@ class OneRowEndpoint(PredictionEndpoint):
             None if served.head is not None and served.table is not None else served.where_baked(b"")
         )
         """Where all baked rows are answered; None where there are two places."""
+        self._lasts = served.head is None
+        """Whether a baked row stays as it is for as long as this endpoint: a published table never changes, and when
+        it expires or is lost there is another endpoint (`ServedVersion.changes`)."""
         self._keeps_inputs = served.recorder is not None and served.recorder.wants_inputs
         self._keeps_outputs = served.recorder is not None and served.recorder.wants_outputs
         self._batcher = served.batcher if served.mode != "static" else None
@@ -84,9 +87,9 @@ class OneRowEndpoint(PredictionEndpoint):
         if get is not None:
             known = self._replies.get(body)
             if known is not None:
-                # The table is asked every time; only reading the body and writing the reply are spared.
+                # A head is asked every time; only reading the body and writing the reply are spared.
                 key, baked, reply, raw = known
-                if get(key) == baked:
+                if self._lasts or get(key) == baked:
                     self._answer(exchange, reply, perf_counter(), key, baked, raw)
                     return
         row = self._read_row(body)
