@@ -3,8 +3,9 @@
 Each model is measured as ``parbake advise`` does it. Then for each trace and way of serving a real server is put under
 load from a cold start, and the advisor's model of it is followed for as long with as many connections; what the load
 generator itself costs, on the same CPUs, is measured beforehand against a server that does nothing, and the advisor is
-told. All of that is done some times over, as machines are not equally quick all the time: what counts is how far off
-the predictions are in the median.
+told. Machines are not equally quick all the time: that server is also the yardstick of how quick this one is when a
+model is measured, and before and after each look at a real server, and predictions are corrected by that ratio. All of
+it is done some times over; what counts is how far off the predictions are in the median.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import msgspec
 import numpy as np
 
 from bench.load import Load as Requests
-from bench.load import put
+from bench.load import Measured, put
 from bench.machine import this_machine
 from bench.network import packed_network, row_body, rows_of
 from bench.processes import cpu_seconds, peer, with_descendants
@@ -50,6 +51,7 @@ _HEADINGS: Final = ("req/s predicted", "p50 ms predicted", "coverage predicted")
 _SEED: Final = 7
 _BUDGET: Final = 0.05
 _WARM_UP_S: Final = 0.5
+_YARDSTICK_S: Final = 0.5
 _CLIENT_START_S: Final = 0.3
 """About what the load generator takes to start: Python and its imports."""
 _NEVER: Final = 1 << 60
@@ -74,6 +76,8 @@ class Case:
     way: str
     predicted: tuple[Seen, ...]
     observed: tuple[Seen, ...]
+    quickness: tuple[float, ...]
+    """Of the machine when it was observed, in ratio to when the model was measured; it is in the predictions."""
 
     def ratio(self, figure: str) -> float | None:
         """Predicted in ratio to observed, in the median; None where there is nothing to compare."""
@@ -88,8 +92,18 @@ def _column(seen: Sequence[Seen], figure: str) -> list[float]:
 
 def run(folder: Path, *, seconds: float, rounds: int, quick: bool, say: Callable[[str], None]) -> Section:
     """Predict, run and compare. ``quick`` takes the first model and trace only."""
-    say("the load generator")
-    client_s = _client_s(min(seconds, 1.0))
+    with peer(_CONSTANT) as (_, port):
+        return _run(folder, _Yardstick(port), seconds, rounds, quick, say)
+
+
+def _run(
+    folder: Path,
+    yardstick: _Yardstick,
+    seconds: float,
+    rounds: int,
+    quick: bool,
+    say: Callable[[str], None],
+) -> Section:
     traces, generated = _traces()
     cases: list[Case] = []
     sizes: dict[str, tuple[float, float]] = {}
@@ -97,6 +111,7 @@ def run(folder: Path, *, seconds: float, rounds: int, quick: bool, say: Callable
     if quick:
         models, traces = models[:1], traces[:1]
     measured: dict[str, Costs] = {}
+    clients_s: list[float] = []
     for what, layers, longer in models:
         say(f"{what}: packing")
         rows = rows_of(max(int(keys.max()) + 1 for _, keys in traces))
@@ -115,14 +130,19 @@ def run(folder: Path, *, seconds: float, rounds: int, quick: bool, say: Callable
                 0.0,
                 float(quick_table(bundle, hashes[:distinct], records, tables[trace])),
             )
-        found: dict[tuple[str, str], list[tuple[Seen, Seen]]] = {}
+        found: dict[tuple[str, str], list[tuple[Seen, Seen, float]]] = {}
         for number in range(rounds):
+            before = yardstick.look()
             costs = measured[what] = measure(
                 bundle,
                 connections=_CONNECTIONS,
                 deadline_s=10.0,
                 stage=lambda words, what=what: say(f"{what}: {words}"),  # type: ignore[misc]
             )
+            after = yardstick.look()
+            then = (before.requests_per_s + after.requests_per_s) / 2
+            client_s = (_client_s(before) + _client_s(after)) / 2
+            clients_s.append(client_s)
             for trace, keys in traces:
                 order, distinct = tuple(keys.tolist()), int(keys.max()) + 1
                 sizes[f"{what}, {trace}"] = distinct * costs.table_row_bytes, sizes[f"{what}, {trace}"][1]
@@ -141,14 +161,41 @@ def run(folder: Path, *, seconds: float, rounds: int, quick: bool, say: Callable
                         longer * seconds,
                         warm_up_s=_WARM_UP_S,
                     )
+                    before = yardstick.look()
                     observed, others = _observe(bundle, words, load)
+                    after = yardstick.look()
+                    quickness = (before.requests_per_s + after.requests_per_s) / 2 / then
                     available = replace(costs, cores=max(costs.cores - others, 0.5))
                     predicted = _predict(available, _Ways(way, order, head_rows), longer * seconds, client_s)
-                    found.setdefault((trace, way), []).append((predicted, observed))
-        for (trace, way), pairs in found.items():
-            foretold, seen = zip(*pairs, strict=True)
-            cases.append(Case(what, trace, way, foretold, seen))
-    return _section(cases, sizes, measured, client_s, seconds, rounds, generated)
+                    found.setdefault((trace, way), []).append(
+                        (_at(quickness, predicted), observed, quickness)
+                    )
+        for (trace, way), looks in found.items():
+            foretold, seen, quick_then = zip(*looks, strict=True)
+            cases.append(Case(what, trace, way, foretold, seen, quick_then))
+    return _section(cases, sizes, measured, median(clients_s), seconds, rounds, generated)
+
+
+class _Yardstick:
+    """A server that does nothing but answer: what the load generator and the kernel take of a request."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._body = row_body(rows_of(1)[0])
+
+    def look(self) -> Measured:
+        """How quick the machine is just now."""
+        return put(Requests(self._port, "/", (self._body,), (0,), _CONNECTIONS, _YARDSTICK_S, warm_up_s=0.2))
+
+
+def _client_s(looked: Measured) -> float:
+    """CPU time of the load generator per request."""
+    return looked.busy * looked.seconds / looked.requests
+
+
+def _at(quickness: float, seen: Seen) -> Seen:
+    """The same on a machine that is so many times as quick."""
+    return Seen(seen.requests_per_s * quickness, seen.p50_ms / quickness, seen.coverage)
 
 
 def _observe(bundle: StoredBundle, words: list[str], load: Requests) -> tuple[Seen, float]:
@@ -234,14 +281,6 @@ def _busy_s() -> float:
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
-def _client_s(seconds: float) -> float:
-    """CPU time of the load generator per request."""
-    body = row_body(rows_of(1)[0])
-    with peer(_CONSTANT) as (_, port):
-        seen = put(Requests(port, "/", (body,), (0,), _CONNECTIONS, seconds, warm_up_s=0.2))
-    return seen.busy * seen.seconds / seen.requests
-
-
 def _traces() -> tuple[list[tuple[str, Keys]], bool]:
     """Two traces; made with a fixed seed where the real ones are not there."""
     paths = [TRACES / f"{name}.trace.xz" for name in ("web12", "web07")]
@@ -284,6 +323,8 @@ def _section(
         targets.append(at_most(words, worst, 0.15))
     off_size = max(abs(predicted / real - 1) for predicted, real in sizes.values())
     targets.append(at_most("table size: predicted against real, off by", off_size, 0.05))
+    quick = [one for case in cases for one in case.quickness]
+    quickness, least, most = median(quick), min(quick), max(quick)
     source = (
         "generated with a fixed seed (the traces of a shop are not here)"
         if generated
@@ -296,7 +337,10 @@ def _section(
             f"Predicted by the advisor from what it measured on this machine, and observed: {_CONNECTIONS} connections "
             f"that never rest for {seconds:g} s after {_WARM_UP_S:g} s (three times as long for the slowest model), "
             f"from a cold start, hybrid with a learned head of {100 * _BUDGET:g} % of the keys; {rounds} times over, "
-            "each figure and ratio the median. Load from bench/load.py on the same CPUs, which takes "
+            "each figure and ratio the median. No machine is equally quick all the time: predictions are corrected "
+            "by the requests/s of a server that does nothing, before and after each look, in ratio to those when the "
+            f"model was measured (median {quickness:.2f}, from {least:.2f} to {most:.2f}). Load from bench/load.py on "
+            "the same CPUs, which takes "
             f"{client_s * 1e6:.1f} us of CPU time for a request; the prediction counts that in, and the CPUs that "
             f"other programs took meanwhile. Traces {source}."
         ),
@@ -328,6 +372,7 @@ def _section(
                     "way": case.way,
                     "predicted": [asdict(one) for one in case.predicted],
                     "observed": [asdict(one) for one in case.observed],
+                    "quickness": case.quickness,
                 }
                 for case in cases
             ],

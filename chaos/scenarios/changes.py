@@ -17,7 +17,7 @@ from parbake.testing import Server, serving
 from parbake.transports import client
 
 _SWAPS: Final = 200
-_QUICK_SWAPS: Final = 60
+_QUICK_SWAPS: Final = 24
 _SETTLED: Final = 3
 """The swap after which memory is compared with that after the last one."""
 _GROWTH: Final = 0.05

@@ -13,7 +13,7 @@ import pytest
 from chaos import __main__ as command
 from chaos.catalogue import ALL
 from chaos.load import Heard, Noted
-from chaos.model import NotTested, Observed, Scenario, Stage, none
+from chaos.model import NotTested, Observed, Scenario, Stage, at_most, none
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,22 +32,18 @@ def chaos(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_it_breaks_a_server_and_writes_down_what_was_seen(tmp_path: Path) -> None:
-    done = chaos("kill-spare", "drain", "--quick", "--out", tmp_path)
+    done = chaos("kill-spare", "--quick", "--out", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"^kill-spare +[1-9][\d,]+ .* held$", done.stdout, re.MULTILINE)
-    assert re.search(r"^drain +[1-9][\d,]+ .* held$", done.stdout, re.MULTILINE)
     assert "every promise held" in done.stdout
     assert "\x1b" not in done.stdout
     report = json.loads((tmp_path / "reliability.json").read_text())
-    by_name = {finding["name"]: finding for finding in report["findings"]}
-    assert set(by_name) == {"kill-spare", "drain"}
-    for finding in by_name.values():
-        assert finding["requests"] > 300
-        assert finding["wrong"] == 0
-        assert all(check["held"] for check in finding["checks"])
-    page = (tmp_path / "reliability.md").read_text()
-    assert "## kill-spare" in page
-    assert "## drain" in page
+    (finding,) = report["findings"]
+    assert finding["name"] == "kill-spare"
+    assert finding["requests"] > 300
+    assert finding["wrong"] == 0
+    assert all(check["held"] for check in finding["checks"])
+    assert "## kill-spare" in (tmp_path / "reliability.md").read_text()
 
 
 def test_without_a_folder_a_quick_run_leaves_the_page_as_it_is() -> None:
@@ -79,6 +75,10 @@ def one(check: float, code: str = "") -> Observed:
     return Observed([Heard("callers", (Noted(0, 1, 200, code, 0),), "", 0, 1)], [none("x", check)], {})
 
 
+def late(ms: float, failed: float = 0) -> Observed:
+    return Observed([], [none("x", failed), at_most("longest time without an answer", ms, 3, "ms")], {})
+
+
 @pytest.mark.parametrize(
     ("seen", "status"),
     [(one(0), 0), (one(1), 1), (one(0, "wrong"), 1), (NotTested("no moon"), 0), (OSError("torn"), 1)],
@@ -100,3 +100,24 @@ def test_the_exit_status_tells_whether_every_promise_held(
     out = capsys.readouterr().out
     if isinstance(seen, Exception):
         assert str(seen) in out
+
+
+@pytest.mark.parametrize(
+    ("seen", "status", "played"),
+    [
+        ([late(9), late(9), late(1)], 0, 3),
+        ([late(9), late(9), late(9)], 1, 3),
+        ([late(9), one(1)], 1, 2),
+        ([one(1)], 1, 1),
+        ([late(9, failed=1)], 1, 1),
+        ([late(1)], 0, 1),
+    ],
+    ids=["at last in time", "never in time", "then wrong", "wrong", "late and wrong", "in time"],
+)
+def test_only_what_was_late_and_nothing_else_is_played_again(
+    seen: list[Observed], status: int, played: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plays = iter(seen)
+    monkeypatch.setitem(ALL, "made-up", scenario(lambda stage: next(plays)))
+    assert command.main(["made-up", "--quick", "--again", "2"]) == status
+    assert len(list(plays)) == len(seen) - played
