@@ -73,7 +73,7 @@ def test_a_bad_version_is_taken_back_by_itself_a_good_one_goes_live_and_nobody_n
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=400,
         check=False,
     )
     # It ends with another status where a request fails, or where coverage falls.
