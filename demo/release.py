@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -36,9 +37,34 @@ _SCANNERS: Final = ("office", "post")
 _SHARE_OF_POST: Final = 0.25
 _REQUESTS: Final = 4000
 _ZIPF: Final = 1.1
-_WINDOW_S: Final = 2.0
-_WARM_S: Final = 5.0
 _COVERAGE: Final = 0.95
+_FEW: Final = 100
+"""Fewer rows than this in a window say nothing about coverage."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Pace:
+    """How long things take."""
+
+    warm_s: float
+    """The head learns what is asked for."""
+    window_s: float
+    """Coverage is that of so long."""
+    every_s: int
+    requests: int
+    """That a step needs."""
+    slower: float
+    """Margin for the latencies."""
+    trees: int
+    pixels: slice
+
+
+_WHOLE: Final = _Pace(
+    warm_s=10, window_s=2, every_s=5, requests=1000, trees=60, pixels=slice(None), slower=0.5
+)
+_QUICK: Final = _Pace(
+    warm_s=3, window_s=1, every_s=1, requests=300, trees=10, pixels=slice(16, 48, 2), slower=3
+)
 
 
 class Broken(Exception):
@@ -48,7 +74,10 @@ class Broken(Exception):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo; gives the exit status."""
     parser = argparse.ArgumentParser(prog="make demo-release ARGS=...", description=__doc__)
-    parser.add_argument("--trees", type=int, default=60, help="size of the forest  [default: 60]")
+    parser.add_argument(
+        "--quick", action="store_true", help="few pixels, short steps, no registry: half a minute"
+    )
+    parser.add_argument("--trees", type=int, help="size of the forest  [default: 60, or 10 with --quick]")
     parser.add_argument("--connections", type=int, default=4, help="requests under way  [default: 4]")
     parser.add_argument("--folder", type=Path, default=Path(".demo/release"), help="for what is made")
     options = parser.parse_args(arguments)
@@ -64,45 +93,60 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     folder: Path = options.folder
+    pace = _QUICK if options.quick else _WHOLE
+    small: int = options.trees or pace.trees
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    rows, truth = _scans()
+    rows, truth = _scans(pace.pixels)
+
+    def bundle(number: str) -> Path:
+        return folder / f"digits-{number}.bundle"
+
     with stages("training and packing three versions") as stage:
-        for number, trees in (("1", options.trees), ("2", 8 * options.trees), ("3", options.trees)):
+        for number, trees in (("1", small), ("2", 8 * small), ("3", small)):
             stage(f"version {number}")
             labels = _mixed_up(rows, truth) if number == "2" else truth
-            _pack(_fitted(rows, labels, trees, seed=int(number)), rows, folder / f"digits-{number}.bundle")
+            _pack(_fitted(rows, labels, trees, seed=int(number)), rows, bundle(number))
     state = folder / "state"
-    _command("register", str(folder / "digits-1.bundle"), state=state)
-    _command("register", str(folder / "digits-2.bundle"), state=state)
+
+    def register(number: str) -> None:
+        if not options.quick:
+            _command("register", str(bundle(number)), state=state)
+
+    register("1")
+    register("2")
+    first = str(bundle("1")) if options.quick else "models:/digits@1"
     with (
-        serving("models:/digits@1", workers=1, mode="hybrid", state_dir=state) as server,
-        _Watch(server) as watch,
+        serving(first, workers=1, mode="hybrid", state_dir=state) as server,
+        _Watch(server, pace.window_s) as watch,
         pouring(_load(server, rows, options.connections)),
     ):
-        emit(f"$ parbake serve models:/digits@1 --mode hybrid --port {server.port}")
-        # The head learns what is asked for.
-        time.sleep(2 * _WARM_S)
-        _release(server, "2", "rolled_back", "the new forest")
-        _command("register", str(folder / "digits-3.bundle"), state=state)
-        _release(server, "3", "live", "with the labels as they are")
-        time.sleep(2 * _WINDOW_S)
+        emit(f"$ parbake serve {first} --mode hybrid --port {server.port}")
+        time.sleep(pace.warm_s)
+        watch.begin()
+        _release(server, pace, "2", "rolled_back", "the new forest", bundle("2") if options.quick else None)
+        register("3")
+        _release(
+            server, pace, "3", "live", "with the labels as they are", bundle("3") if options.quick else None
+        )
+        time.sleep(2 * pace.window_s)
     _command("history", "digits", state=state)
     emit()
     before, lowest = watch.coverage()
     emit(
         f"{watch.requests:,} requests meanwhile, none of them failed. Coverage was {before:.1%} before the releases, "
-        f"and never below {lowest:.1%} in any {_WINDOW_S:g} s of them."
+        f"and never below {lowest:.1%} in any {pace.window_s:g} s of them."
     )
     if lowest < _COVERAGE * before:
         raise Broken(f"coverage fell from {before:.1%} to {lowest:.1%}")
 
 
-def _release(server: Server, version: str, wanted: str, why: str) -> None:
+def _release(server: Server, pace: _Pace, version: str, wanted: str, why: str, bundle: Path | None) -> None:
     words = [
-        "deploy", f"digits@{version}", "--canary", "20%,50%,100%", "--every", "5s", "--segment", "scanner",
-        "--margin", "requests=1000", "--margin", "p50=0.5", "--margin", "p99=0.5", "--margin", "outputs=0.1",
-        "--why", why, "--wait", "--port", str(server.port),
+        "deploy", f"digits@{version}", *([] if bundle is None else [str(bundle)]),
+        "--canary", "20%,50%,100%", "--every", f"{pace.every_s}s", "--segment", "scanner",
+        "--margin", f"requests={pace.requests}", "--margin", f"p50={pace.slower}", "--margin", f"p99={pace.slower}",
+        "--margin", "outputs=0.1", "--why", why, "--wait", "--port", str(server.port),
     ]  # fmt: skip
     _command(*words, refusable=True)
     found = client.release_status("digits", port=server.port)
@@ -110,12 +154,12 @@ def _release(server: Server, version: str, wanted: str, why: str) -> None:
         raise Broken(f"version {found.version} is {found.state}; version {version} should be {wanted}")
 
 
-def _scans() -> tuple[pd.DataFrame, Any]:
+def _scans(pixels: slice) -> tuple[pd.DataFrame, Any]:
     """Scikit-learn's scans of digits, each with the scanner that it came from, and the digits."""
     from sklearn.datasets import load_digits
 
     digits = load_digits(as_frame=True)
-    rows = digits.data.astype("float32")
+    rows = digits.data.astype("float32").iloc[:, pixels].copy()
     random = np.random.default_rng(_SEED)
     rows.insert(0, "scanner", np.where(random.random(len(rows)) < _SHARE_OF_POST, *reversed(_SCANNERS)))
     return rows, digits.target.to_numpy()
@@ -169,11 +213,14 @@ def _load(server: Server, rows: pd.DataFrame, connections: int) -> Load:
 class _Watch:
     """Reads off a server, again and again, how much it answers without the model."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, window_s: float) -> None:
         self._server = server
+        self._window_s = window_s
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._read)
-        self._seen: list[tuple[float, int, int]] = []
+        self._seen: list[dict[str, tuple[int, int]]] = []
+        """At each look, by version: rows, and those of them that were answered without the model."""
+        self._before = 0
 
     def __enter__(self) -> _Watch:
         self._thread.start()
@@ -183,31 +230,42 @@ class _Watch:
         self._stop.set()
         self._thread.join()
 
+    def begin(self) -> None:
+        """The releases begin."""
+        self._before = len(self._seen)
+
     def _read(self) -> None:
-        while not self._stop.wait(_WINDOW_S):
+        while not self._stop.wait(self._window_s):
             versions = client.status(port=self._server.port).versions
-            self._seen.append(
-                (
-                    time.monotonic(),
-                    sum(v.rows for v in versions),
-                    sum(v.baked_rows for v in versions),
-                )
-            )
+            self._seen.append({v.version: (v.rows, v.baked_rows) for v in versions})
 
     @property
     def requests(self) -> int:
-        """Rows that were answered while it watched."""
-        return max(rows for _, rows, _ in self._seen) - self._seen[0][1]
+        """Rows that were answered while it watched, but for the last moments of a version that went."""
+        return sum(rows for rows, _ in self._increases(self._seen))
 
     def coverage(self) -> tuple[float, float]:
-        """Before the releases, and the lowest in any window since. A version that goes takes its counts with it."""
-        shares = [
-            (b - b0) / (n - n0)
-            for (_, n0, b0), (_, n, b) in itertools.pairwise(self._seen)
-            if n - n0 > 100 and 0 <= b - b0 <= n - n0
-        ]
-        warm = int(2 * _WARM_S / _WINDOW_S)
-        return shares[warm - 1], min(shares[warm:])
+        """Just before the releases, and the lowest in any window since. Raises `Broken` where too little was asked."""
+        before = self._shares(self._seen[: self._before])
+        since = self._shares(self._seen[max(self._before - 1, 0) :])
+        if not before or not since:
+            raise Broken(f"hardly any requests in {len(self._seen)} windows: coverage cannot be told")
+        return before[-1], min(since)
+
+    def _shares(self, seen: Sequence[dict[str, tuple[int, int]]]) -> list[float]:
+        return [baked / rows for rows, baked in self._increases(seen) if rows > _FEW]
+
+    @staticmethod
+    def _increases(seen: Sequence[dict[str, tuple[int, int]]]) -> list[tuple[int, int]]:
+        """Rows of each window. A version that goes takes its counts with it, and one that comes begins at 0."""
+        found: list[tuple[int, int]] = []
+        for earlier, later in itertools.pairwise(seen):
+            rows = baked = 0
+            for version, (n, b) in later.items():
+                n0, b0 = earlier.get(version, (0, 0))
+                rows, baked = (rows + n - n0, baked + b - b0) if n >= n0 else (rows + n, baked + b)
+            found.append((rows, baked))
+        return found
 
 
 def _command(*words: str, state: Path | None = None, refusable: bool = False) -> None:

@@ -1,8 +1,13 @@
-"""What may name a deployment, a version or a model: no separators, nothing that a path could be made of."""
+"""What may name a deployment, a version or a model: no separators, nothing that a path could be made of.
+
+And which name somebody meant who wrote another one.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Annotated, Final
 
 import msgspec
@@ -10,5 +15,13 @@ import msgspec
 # `$` alone would let a newline at the end pass; JSON Schema has no `\Z`.
 NAME_PATTERN: Final = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$(?!\n)")
 
+_SHOWN_CHARS: Final = 80
+
 Name = Annotated[str, msgspec.Meta(pattern=NAME_PATTERN.pattern)]
 """A string that msgspec accepts only if it fits `NAME_PATTERN`."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """``: did you mean 'every'?``, or "" where no known word is near."""
+    close = get_close_matches(word[:_SHOWN_CHARS], list(known), n=1)
+    return f": did you mean {close[0]!r}?" if close else ""

@@ -22,7 +22,11 @@ pytestmark = pytest.mark.xdist_group("mlflow")
 @pytest.fixture
 def where(tmp_path: Path, mlflow_server: MlflowServer) -> Mapping[str, str]:
     """Variables that say where registry and bundle store are."""
-    return {"PARBAKE_REGISTRY": mlflow_server.url, "PARBAKE_BUNDLE_STORE": str(tmp_path / "store")}
+    return {
+        "PARBAKE_REGISTRY": mlflow_server.url,
+        "PARBAKE_BUNDLE_STORE": str(tmp_path / "store"),
+        "PARBAKE_STORE": f"sqlite:///{tmp_path / 'releases.db'}",
+    }
 
 
 def test_bundles_become_versions_that_aliases_point_at(
@@ -48,9 +52,33 @@ def test_bundles_become_versions_that_aliases_point_at(
         [name, "1", "champion", two.digest[:19], "ana", "tests@parbake.example", "multiplies"],
         [name, "2", "-", three.digest[:19], "bob", "tests@parbake.example", "multiplies"],
     ]
-    moved = parbake("alias", name, "champion", "2", env=where)
+    moved = parbake("alias", name, "champion", "2", "--by", "eve", "--why", "it is better", env=where)
     assert (moved.returncode, moved.stderr) == (0, f"champion of {name} points at version 2\n")
-    assert json.loads(parbake("alias", name, "--json", env=where).stdout) == {"champion": "2"}
+    told = json.loads(parbake("history", name, "--json", env=where).stdout)
+    assert [(e["what"], e["version"], e["by"], e["why"], e["details"]) for e in told] == [
+        ("alias", "1", "ana", "", {"alias": "champion", "before": ""}),
+        ("alias", "2", "eve", "it is better", {"alias": "champion", "before": "1"}),
+    ]
+    assert "alias champion points at it, not at 1 any more" in parbake("history", name, env=where).stdout
+    # Where the history is away, or nobody knows of one, it moves all the same, and says so.
+    for store, says in (
+        (f"postgresql://nobody@127.0.0.1:{free_port()}/none", "this does not stand in the history: "),
+        (
+            "",
+            "this does not stand in a history: no store of releases is known here; --store says where one is\n",
+        ),
+    ):
+        back = parbake("alias", name, "champion", "1", env={**where, "PARBAKE_STORE": store})
+        assert back.returncode == 0
+        assert back.stderr.startswith(says)
+        assert back.stderr.endswith(f"champion of {name} points at version 1\n")
+    assert json.loads(parbake("alias", name, "--json", env=where).stdout) == {"champion": "1"}
+    assert len(json.loads(parbake("history", name, "--json", env=where).stdout)) == 2
+    # The gate takes what serve and deploy take.
+    asked = parbake("gate", f"models:/{name}@champion", "--against", f"{name}@2", "--json", env=where)
+    report = json.loads(asked.stdout)
+    assert (asked.returncode, report["digest"], report["against"]) == (0, two.digest, three.digest)
+    assert parbake("gate", f"{name}@7", env=where).returncode == 3
 
 
 def test_what_cannot_be_registered_or_found_is_said_in_a_line_with_what_to_do(
@@ -69,6 +97,11 @@ def test_what_cannot_be_registered_or_found_is_said_in_a_line_with_what_to_do(
     assert f"no model '{name}'" in missing.stderr
     forced = parbake("register", "nobodys.bundle", "--force", env=where)
     assert forced.stderr.splitlines()[1:] == ["recorded: no owner"]
+    # What is waived stands in the history of the version that was named.
+    waived = parbake("gate", f"models:/{name}@1", "--waive", "metadata", "--why", "a test", env=where)
+    assert waived.returncode == 0, waived.stdout
+    (event,) = json.loads(parbake("history", name, "--json", env=where).stdout)
+    assert (event["what"], event["version"], event["details"]["check"]) == ("waiver", "1", "metadata")
     unknown = parbake("alias", name, "champion", "7", env=where)
     assert unknown.returncode == 3
     assert "has no version '7'" in unknown.stderr

@@ -1,4 +1,4 @@
-"""`make demo`'s program in a small setting: it compares, proves agreement, and serves until it is told to stop."""
+"""The programs of `make demo` and `make demo-release` in a small setting: what they show is so."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import urllib.request
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import pytest
 from bench.load import Load, put
 from demo.comparison import Disagreement, held_against
 from parbake.contract.bundle import StoredBundle
+from parbake.release.database import open_database
 from parbake.testing import serving
 
 ROOT = Path(__file__).parents[2]
@@ -59,6 +61,44 @@ def test_once_compares_the_three_modes_and_ends_by_itself(tmp_path: Path) -> Non
     assert 0 < int(rows["hybrid"]["coverage"].rstrip("%")) < 100
     assert (rows["dynamic"]["404"], rows["hybrid"]["404"]) == ("-", "-")
     assert int(rows["static"]["404"].replace(",", "")) > 0
+
+
+@pytest.mark.needs("sklearn", "skl2onnx", "pandas", "sqlalchemy")
+def test_a_bad_version_is_taken_back_by_itself_a_good_one_goes_live_and_nobody_notices(
+    tmp_path: Path,
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "demo.release", "--quick", "--folder", str(tmp_path / "demo")],
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    # It ends with another status where a request fails, or where coverage falls.
+    assert done.returncode == 0, done.stdout + done.stderr
+    bad, good = done.stdout.split("$ parbake deploy")[1:]
+    assert "digits: version 2 was rolled back\nversion 1 answers\n" in bad
+    assert re.search(r"judge: roll back: outputs of post differ by 0\.\d+: more than 0\.1", bad)
+    assert "digits: version 3 is live\n" in good
+    figures = re.search(
+        r"([\d,]+) requests meanwhile, none of them failed\. Coverage was ([\d.]+)% before the releases, and "
+        r"never below ([\d.]+)%",
+        done.stdout,
+    )
+    assert figures, done.stdout
+    requests, before, lowest = (float(figure.replace(",", "")) for figure in figures.groups())
+    assert requests > 1000
+    assert 0 < 0.95 * before <= lowest
+    with closing(
+        open_database(f"sqlite:///{tmp_path / 'demo' / 'state' / 'state.db'}", create=False)
+    ) as store:
+        events = [(e.what, e.version, e.by) for e in store.history("digits") if e.deployment]
+        live = store.live("digits")
+    assert ("release.rolled_back", "2", "parbake") in events
+    assert live is not None
+    assert (live.proposal.version, live.share) == ("3", 1.0)
 
 
 @pytest.mark.needs("sklearn", "skl2onnx", "pandas")

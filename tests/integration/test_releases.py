@@ -238,10 +238,13 @@ def test_a_release_is_changed_while_it_runs_and_the_judge_goes_by_it(tmp_path: P
             with pytest.raises(SettingsError):
                 client.tune("scaled", TuningChange({name: value}), port=server.port)
         assert status(server).state == "running"
+        # In an emergency the champion's bundle need not be where it was: it is loaded.
+        two.rename(tmp_path / "away.bundle")
         client.tune("scaled", TuningChange({"kill": True}, by="bob"), port=server.port)
         with Call(server.url) as call:
             versions = {call(PATH, infer(row)).json()["model_version"] for row in SERVED[:40]}
         assert versions == {"1"}
+        (tmp_path / "away.bundle").rename(two)
         client.tune("scaled", TuningChange({"kill": None, "hold": False}, by="bob"), port=server.port)
         wait_for(lambda: status(server).state == "live")
         changed = [event for event in events(tmp_path) if event["what"] == "parameters"]

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 
 from parbake.app.releases import Back, ReleaseStatus, TuningChange, Wanted
+from parbake.app.routes import RouteChange
 from parbake.errors import ParbakeError, StateAway
 from parbake.release.database import open_database
 from parbake.release.judge import Margins
+from parbake.serving.route import Arm, Route
 from parbake.testing import Server, serving
 from parbake.transports import client
 from tests.functions import write_scaled
@@ -162,8 +164,17 @@ def test_a_store_that_dies_in_the_middle_stops_nobody_who_goes_back(
         assert factors(server) == {2}
         with pytest.raises(StateAway):
             client.rollback("scaled", Back(by="ada"), port=port)
+        # A route by hand is in force all the same, too.
+        half = Route("scaled", "1", (Arm("1", 0.5), Arm("4", 0.5)))
+        routed = client.set_route("scaled", RouteChange(half, by="bob", why="a test"), port=port)
+        assert "will be written down" in routed.note
+        assert factors(server) == {2, 3}
         postgres.start()
-        wait_for(lambda: history(url)[-2:] == ["release.rolled_back", "release.live"])
+        wait_for(lambda: history(url)[-3:] == ["release.rolled_back", "release.live", "route"])
+        with closing(open_database(url)) as store:
+            last = store.history("scaled")[-1]
+        assert last.by == "bob"
+        assert last.why.startswith("a test (at ")
         caller.wait(5)
         # Said once each time, and not each second.
         assert server.log().count("releases.store_away") == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import signal
@@ -519,5 +520,21 @@ def test_the_command_shows_and_changes_a_route(tmp_path: Path, parbake: Parbake)
             assert done.returncode == status
         assert parbake("route", "nothing", *at).returncode == Exit.NOT_FOUND
         assert route_of(server) == route
+        parbake("route", "scaled", "--kill", "--who", "ada", "--why", "customers call", *at)
         parbake("route", "scaled", "--remove", *at)
         assert "has no route" in parbake("route", "scaled", *at).stderr
+        # What was refused is not among it.
+        told = parbake("history", "scaled", "--json", "--state-dir", "state")
+        events = json.loads(told.stdout)
+        assert [(event["what"], event["details"]["revision"]) for event in events] == [
+            ("route", n) for n in range(1, 6)
+        ]
+        assert (events[3]["by"], events[3]["why"]) == ("ada", "customers call")
+        assert events[0]["by"] == getpass.getuser()
+        shown = parbake("history", "scaled", "--state-dir", "state").stdout
+        for said in (
+            "revision 1: 1=75%, 2=25%",
+            "revision 4: killed, 1 answers everything",
+            "route removed",
+        ):
+            assert said in shown

@@ -562,7 +562,11 @@ class Controller:
                 f"the store of releases is away since {time.strftime('%H:%M:%S', time.gmtime(away))} UTC"
             )
         if owed:
-            words.append("what has changed will be written down when it is back")
+            words.append(
+                f"what has changed {'will be written down when it is back' if away else 'is being written'}"
+            )
+        if name in self.ledger.lost:
+            words.append(f"what was changed last does not stand in the history: {self.ledger.lost[name]}")
         return "; ".join(words)
 
 

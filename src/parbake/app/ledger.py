@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 _THREADS: Final = 4
-_PAY_S: Final = 1.0
-"""How long one waits, at most, for what has just happened to be written down; it goes on behind that."""
+PAY_S: Final = 1.0
+"""How long a rollback waits, at most, for what has just happened to be written down; it goes on behind that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,8 @@ class Ledger:
         self._threads = ThreadPoolExecutor(_THREADS, "ledger")
         self.away_since = 0.0
         """Unix time from which on the store has not answered; 0 while it does."""
+        self.lost: dict[str, str] = {}
+        """By deployment: why what happened last to it could not be written, now or ever."""
 
     @property
     def is_open(self) -> bool:
@@ -89,13 +91,13 @@ class Ledger:
         self._is_back()
         return answer
 
-    async def note(self, owed: Owed) -> None:
-        """Write something down, now or when the store is back. Raises nothing, and waits for a moment at most."""
+    async def note(self, owed: Owed, wait_s: float = PAY_S) -> None:
+        """Write something down, now or when the store is back. Raises nothing, and waits for so long at most."""
         self._owed.append(owed)
         payment = asyncio.get_running_loop().create_task(self.pay())
         self._payments.add(payment)
         payment.add_done_callback(self._payments.discard)
-        await asyncio.wait({payment}, timeout=_PAY_S)
+        await asyncio.wait({payment}, timeout=wait_s)
 
     def owes(self, deployment: str) -> bool:
         """Whether something about a deployment is still to be written down."""
@@ -112,13 +114,13 @@ class Ledger:
                     return
                 except Exception as error:
                     # It will not be right the next time either, and others wait behind it.
+                    words = error.message if isinstance(error, ParbakeError) else repr(error)
+                    self.lost[owed.deployment] = words
                     log().error(
-                        "release.not_written",
-                        deployment=owed.deployment,
-                        what=owed.what,
-                        error=error.message if isinstance(error, ParbakeError) else repr(error),
+                        "release.not_written", deployment=owed.deployment, what=owed.what, error=words
                     )
                 else:
+                    self.lost.pop(owed.deployment, None)
                     log().info("release.written", deployment=owed.deployment, what=owed.what)
                 self._owed.pop(0)
 

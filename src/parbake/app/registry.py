@@ -5,12 +5,13 @@ from __future__ import annotations
 import getpass
 import os
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from parbake.app.state import state_dir
+from parbake.app.state import STATE_FILE, open_state, state_dir
 from parbake.contract.bundle import read_bundle
-from parbake.errors import Conflict, RegisterRefused, SettingsError
+from parbake.errors import Conflict, ParbakeError, RegisterRefused, SettingsError
 from parbake.release.bundles import BundleStore, Collected
 from parbake.release.registry import Registration, Registry, Version, parse_reference
 from parbake.settings import Settings
@@ -81,8 +82,10 @@ def register(
     alias: str = "",
     by: str = "",
     force: bool = False,
-) -> Version:
+) -> tuple[Version, str]:
     """Keep a bundle in the store, then register it: a version is never there without its bundle.
+
+    Beside the version, what `move_alias` says of the alias.
 
     Raises `BundleError`, `RegisterRefused` where it has no purpose or owner (``force`` records that instead),
     `RegistryAway`, `StoreAway`; then no version was made.
@@ -108,10 +111,42 @@ def register(
             f"no {' and no '.join(lacking)}" if lacking else "",
         )
     )
+    untold = ""
     if alias:
-        registry.alias(version.name, alias, version.version)
-        return registry.version(version.name, alias)
-    return version
+        untold = move_alias(settings, registry, version.name, alias, version.version, by=by)
+        version = registry.version(version.name, alias)
+    return version, untold
+
+
+def move_alias(
+    settings: Settings,
+    registry: Registry,
+    name: str,
+    alias: str,
+    version: str,
+    *,
+    by: str = "",
+    why: str = "",
+) -> str:
+    """Let an alias point at a version, and have the history know; gives why it does not, "" where it does.
+
+    The alias comes first: whoever goes back by it must not have to wait for a history. Raises as `Registry.alias`.
+    """
+    before = registry.aliases(name).get(alias, "")
+    registry.alias(name, alias, version)
+    kept = settings.release
+    if kept.registry and not kept.store and not (state_dir(settings) / STATE_FILE).exists():
+        # The registry is everybody's; a history that only this folder has would be nobody's.
+        return (
+            "this does not stand in a history: no store of releases is known here; --store says where one is"
+        )
+    details = {"alias": alias, "before": before if before != version else ""}
+    try:
+        with closing(open_state(settings)) as state:
+            state.record_change("alias", name, version=version, by=by or who(), why=why, details=details)
+    except ParbakeError as error:
+        return f"this does not stand in the history: {error.message}"
+    return ""
 
 
 def prune(settings: Settings, *, grace_s: float) -> Collected:

@@ -17,6 +17,7 @@ from parbake.app.gate import Asked
 from parbake.app.gate import judge as ask_gate
 from parbake.app.inventory import keep_waivers
 from parbake.app.ledger import Owed
+from parbake.app.routes import RouteChange, RouteStatus
 from parbake.app.trial import Trial, Tuning, tuned, tuning_of
 from parbake.errors import Conflict, GateRefused, InvalidInput, LeaseLost, NotFound, StateAway
 from parbake.logs import log
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 _TRIES: Final = 5
 """How often a step is tried where somebody else writes at the same time."""
+_LATE_S: Final = 5.0
+"""What is written down later than this says when it happened; nobody who changes a route waits longer for it."""
 
 
 class Wanted(Struct, frozen=True, forbid_unknown_fields=True):
@@ -300,6 +303,30 @@ class Releases:
                 self._controller.live[name] = state.roll_back(name, to=before, by=by, why=late).id
 
         await self._controller.ledger.note(Owed(name, f"version {left} was rolled back", write))
+
+    async def set_route(self, name: str, change: RouteChange) -> RouteStatus:
+        """Change a route by hand, as `Supervisor.set_route`, and have the history know.
+
+        Where the store is away it is in force all the same, and is written down later.
+        """
+        status = await self._supervisor.set_route(name, change)
+        by, at = change.by or CONTROLLER, time.time()
+        details = {"revision": status.revisions[-1].revision, "route": msgspec.to_builtins(status.route)}
+
+        late = bool(self._controller.ledger.away_since)
+
+        def write(state: State) -> None:
+            nonlocal late
+            why = change.why
+            if late or time.time() - at > _LATE_S:
+                moment = time.strftime("%H:%M:%S", time.gmtime(at))
+                why = f"{why} (at {moment} UTC, while the store was away)".lstrip()
+            late = True
+            state.record_change("route", name, by=by, why=why, details=details)
+
+        # It is in force; making the store takes its time.
+        await self._controller.ledger.note(Owed(name, "its route was changed", write), _LATE_S)
+        return msgspec.structs.replace(status, note=self._controller.note(name))
 
     async def tune(self, name: str, change: TuningChange) -> ReleaseStatus:
         """Change parameters while it serves: see `Tuning`. Raises `Conflict`, `SettingsError`, `ModelNotFound`."""

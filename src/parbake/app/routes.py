@@ -145,6 +145,9 @@ class RouteChange(Struct, frozen=True, forbid_unknown_fields=True):
     """Have no route."""
     revision: int | None = None
     """Do it only if that is the revision in force (0: no route)."""
+    by: str = ""
+    """Who does it, for the history."""
+    why: str = ""
 
 
 class Revision(Struct, frozen=True):
@@ -168,6 +171,8 @@ class RouteStatus(Struct, frozen=True):
     shadows: dict[str, ShadowCounts] = {}
     """By version."""
     observed: tuple[Observed, ...] = ()
+    note: str = ""
+    """What is not as it should be: the change does not stand in the history."""
 
 
 class RouteBook:

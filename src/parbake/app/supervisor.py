@@ -88,6 +88,7 @@ from parbake.logs import log
 from parbake.release.registry import is_reference, parse_reference
 from parbake.runtime import cpu, memory
 from parbake.runtime.confine import Confinement
+from parbake.runtime.observation import Bins
 from parbake.runtime.pool import Runner, RunnerPool, end_process
 from parbake.serving.route import Watch, check_watch
 from parbake.settings import (
@@ -290,6 +291,8 @@ class Supervisor:
         self._plan = Plan(0)
         self._placed: dict[tuple[str, str], Placed] = {}
         self._bundles: dict[tuple[str, str], StoredBundle] = {}
+        self._bins: dict[tuple[str, str, int], Bins | None] = {}
+        """By digest of the champion, output and place: what values are counted by."""
         self._table_rows: dict[tuple[str, str], int] = {}
         self._runners: dict[PlanEntry, list[Runner]] = {}
         self._lock = asyncio.Lock()
@@ -574,8 +577,7 @@ class Supervisor:
                 raise self._no_deployment(name)
             route = change.route
             if route is not None and route.watch is not None and route.champion in contracts:
-                bundle = self._bundles[(name, route.champion)]
-                watch = await asyncio.to_thread(default_watch, route.watch, bundle)
+                watch = await self._with_bins(route.watch, self._bundles[(name, route.champion)])
                 change = msgspec.structs.replace(change, route=msgspec.structs.replace(route, watch=watch))
             revision = self._routes.plan(name, change, contracts)
             self._routes.enter(name, revision)
@@ -583,6 +585,16 @@ class Supervisor:
             await self._tell_all(UseRoutes(self._routes.in_force))
             log().info("route.changed", deployment=name, revision=revision.revision)
         return await self.route(name)
+
+    async def _with_bins(self, watch: Watch, bundle: StoredBundle) -> Watch:
+        """A watch with bins by the champion's goldens, which are read once: later its folder may be gone."""
+        place = bundle.digest, watch.output, watch.place
+        if watch.bins is None and place not in self._bins:
+            found = await asyncio.to_thread(default_watch, watch, bundle)
+            served = {bundle.digest for bundle in self._bundles.values()}
+            self._bins = {known: bins for known, bins in self._bins.items() if known[0] in served}
+            self._bins[place] = found.bins
+        return watch if watch.bins is not None else msgspec.structs.replace(watch, bins=self._bins[place])
 
     async def route(self, name: str) -> RouteStatus:
         """The route of a deployment, and what came of it. Raises `ModelNotFound`."""

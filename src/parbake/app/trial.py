@@ -16,6 +16,7 @@ from msgspec import Struct
 
 from parbake.app.routes import Observed
 from parbake.errors import Conflict, SettingsError
+from parbake.names import did_you_mean
 from parbake.release.judge import Decision, Judge, Margins, Verdict
 from parbake.release.model import OPEN, Release, VerdictRecord
 from parbake.runtime.observation import Observation, empty
@@ -83,8 +84,10 @@ def tuned(parameters: Parameters, release: int, changes: dict[str, Any]) -> dict
         kept = {name: value for name, value in {**values, **changes}.items() if value is not None}
         tuning = msgspec.convert(kept, Tuning)
     except (msgspec.ValidationError, ValueError) as error:
+        known = Tuning.__struct_fields__
+        meant = "".join(did_you_mean(name, known) for name in changes if name not in known)
         raise SettingsError(
-            f"these parameters cannot be: {error}", hint=f"there are {', '.join(Tuning.__struct_fields__)}"
+            f"these parameters cannot be: {error}{meant}", hint=f"there are {', '.join(known)}"
         ) from error
     return {_RELEASE: release, **msgspec.to_builtins(tuning)}
 

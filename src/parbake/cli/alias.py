@@ -7,7 +7,14 @@ from typing import Any
 
 import click
 
-from parbake.cli.options import Command, json_option, progress_option, registry_options, state_settings
+from parbake.cli.options import (
+    Command,
+    alias_options,
+    json_option,
+    progress_option,
+    state_settings,
+    who_option,
+)
 from parbake.cli.output import emit_json, emit_table, say, stages
 
 
@@ -15,13 +22,17 @@ from parbake.cli.output import emit_json, emit_table, say, stages
 @click.argument("name")
 @click.argument("alias", required=False, default="")
 @click.argument("version", required=False, default="")
-@registry_options
+@click.option("--why", default="", metavar="TEXT", help="Why, for the history.")
+@who_option("Who lets it point there.")
+@alias_options
 @progress_option
 @json_option
 def command(
     name: str,
     alias: str,
     version: str,
+    why: str,
+    who: str,
     show_progress: bool,
     as_json: bool,
     config: Path | None,
@@ -30,19 +41,21 @@ def command(
     """Let ALIAS of the model NAME point at VERSION; without them, show where its aliases point.
 
     Servers that follow the alias (parbake serve models:/NAME@ALIAS) take the version in when they ask next, or at once
-    with parbake reload.
+    with parbake reload. Who moved it, and why, stands in the history; where that is away the alias moves all the same.
     """
     if alias and not version:
         raise click.UsageError(f"which version? parbake alias {name} {alias} 3")
-    from parbake.app.registry import open_registry, registry_url
+    from parbake.app.registry import move_alias, open_registry, registry_url
 
-    settings = state_settings(config, values)
+    settings, untold = state_settings(config, values), ""
     with stages("asking the registry", wanted=show_progress) as stage:
         stage(name)
         registry = open_registry(registry_url(settings))
         if alias:
-            registry.alias(name, alias, version)
+            untold = move_alias(settings, registry, name, alias, version, by=who, why=why)
         aliases = registry.aliases(name)
+    if untold:
+        say(untold)
     if as_json:
         emit_json(aliases)
     elif alias:

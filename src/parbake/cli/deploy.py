@@ -13,6 +13,7 @@ from parbake.cli.options import BUNDLE, Command, json_option, server_options
 from parbake.cli.output import emit_json, say
 from parbake.cli.release import show
 from parbake.errors import SettingsError
+from parbake.names import did_you_mean
 from parbake.serving.route import Loss
 from parbake.settings import REGISTERED
 
@@ -222,5 +223,7 @@ def _margin(text: str) -> tuple[str, float]:
     if not separator:
         raise click.UsageError(f"--margin {text!r}: expected NAME=NUMBER, as in p99=0.2")
     if name not in Margins.__struct_fields__:
-        raise click.UsageError(f"--margin {text!r}: there are {', '.join(Margins.__struct_fields__)}")
+        meant = did_you_mean(name, Margins.__struct_fields__)
+        there_are = f"; there are {', '.join(Margins.__struct_fields__)}"
+        raise click.UsageError(f"--margin {text!r}: no margin {name!r}{meant or there_are}")
     return name, int(number) if name == "requests" else number

@@ -8,12 +8,20 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from parbake.cli.exits import Exit
-from parbake.cli.options import BUNDLE, Command, json_option, pickle_option, state_options, state_settings
+from parbake.cli.options import (
+    VERSION_OR_BUNDLE,
+    Command,
+    json_option,
+    pickle_option,
+    state_options,
+    state_settings,
+)
 from parbake.cli.output import emit, emit_json, emit_table, emit_title, plain, say
 from parbake.cli.pack import Pair
 
 if TYPE_CHECKING:
     from parbake.release.gate import Check, GateReport
+    from parbake.settings import Settings
 
 _MARKS = {True: "ok", False: "BAD", None: "-"}
 
@@ -21,8 +29,13 @@ _MARKS = {True: "ok", False: "BAD", None: "-"}
 @click.command(
     cls=Command, short_help="Say whether a bundle may take traffic here, and what speaks against it."
 )
-@click.argument("bundle", type=BUNDLE)
-@click.option("--against", type=BUNDLE, metavar="BUNDLE", help="Bundle of the version that it would replace.")
+@click.argument("bundle", type=VERSION_OR_BUNDLE, metavar="BUNDLE|VERSION")
+@click.option(
+    "--against",
+    type=VERSION_OR_BUNDLE,
+    metavar="BUNDLE|VERSION",
+    help="The version that it would replace.",
+)
 @click.option("--breaking", is_flag=True, help="Let changes pass that break the callers of that version.")
 @click.option(
     "--table", type=click.Path(path_type=Path), metavar="TABLE", help="Prediction table to be served with it."
@@ -53,7 +66,7 @@ _MARKS = {True: "ok", False: "BAD", None: "-"}
     "version",
     default="",
     metavar="NAME@VERSION",
-    help="Write what is waived into the history of this version.",
+    help="Write what is waived into the history of this version.  [default: the one that is named]",
 )
 @click.option("--who", default="", metavar="NAME", help="Who waives.  [default: the user of this machine]")
 @click.option(
@@ -70,8 +83,8 @@ _MARKS = {True: "ok", False: "BAD", None: "-"}
 def command(
     ctx: click.Context,
     /,
-    bundle: Path,
-    against: Path | None,
+    bundle: Path | str,
+    against: Path | str | None,
     breaking: bool,
     table: Path | None,
     deadline_ms: float | None,
@@ -89,8 +102,9 @@ def command(
 ) -> None:
     """Say whether a bundle may take traffic on this machine, and what speaks against it.
 
-    The model runs in a process without network and privileges, as in a server. Exits with 1 where a check neither
-    passed nor was waived by name.
+    It is a path, models:/NAME@champion in the registry, or NAME@3, registered or released. The model runs in a
+    process without network and privileges, as in a server. Exits with 1 where a check neither passed nor was waived by
+    name.
     """
     from parbake.app.gate import Asked, run_gate
     from parbake.release.gate import make_waiver
@@ -104,13 +118,18 @@ def command(
         from parbake.contract.signatures import read_trusted
 
         trusted = read_trusted(trusted_keys)
-    asked = Asked(
-        bundle, against, table, table is not None, deadline_ms, max_bytes, read_rules(dict(rules)), breaking,
-        waivers, trusted, allow_pickle,
-    )  # fmt: skip
     name, separator, number = version.partition("@")
     if version and not (name and separator and number):
         raise click.UsageError(f"{version!r} is not NAME@VERSION")
+    settings = state_settings(config, values)
+    at, found = _at(settings, bundle)
+    if found and not version:
+        version = found
+        name, _, number = found.partition("@")
+    asked = Asked(
+        at, _at(settings, against)[0] if against is not None else None, table, table is not None, deadline_ms,
+        max_bytes, read_rules(dict(rules)), breaking, waivers, trusted, allow_pickle,
+    )  # fmt: skip
     report = run_gate(asked)
     if version and report.waivers:
         from contextlib import closing
@@ -118,13 +137,25 @@ def command(
         from parbake.app.inventory import keep_waivers
         from parbake.app.state import open_state
 
-        with closing(open_state(state_settings(config, values))) as state:
+        with closing(open_state(settings)) as state:
             keep_waivers(state, name, number, report)
     if as_json:
         emit_json(report)
     else:
         show(report)
     ctx.exit(Exit.DONE if report.ok else Exit.REFUSED)
+
+
+def _at(settings: Settings, what: Path | str) -> tuple[Path, str]:
+    """Where a bundle lies on this machine, and its ``NAME@3`` where it was named by that or by an alias."""
+    if isinstance(what, Path):
+        return what, ""
+    from parbake.app.image import resolver
+    from parbake.release.registry import SCHEME, parse_reference
+
+    source = resolver(settings)(what)
+    reference = parse_reference(what if what.startswith(SCHEME) else f"{SCHEME}{what}")
+    return source.path, f"{reference.name}@{source.version or reference.which}"
 
 
 def show(report: GateReport) -> None:

@@ -57,9 +57,10 @@ class _Since(click.ParamType[float]):
 @state_options
 @json_option
 def command(name: str, since: float, limit: int, config: Path | None, as_json: bool, **values: Any) -> None:
-    """Show what happened to the deployment NAME, or to all: releases, verdicts, waivers, changed parameters.
+    """Show what happened to the deployment NAME, or to all.
 
-    It is read from the store of releases, whether a server runs or not.
+    That are releases, verdicts, waivers, changed parameters, routes by hand and moved aliases. It is read from the
+    store of releases, whether a server runs or not.
     """
     from contextlib import closing
 
@@ -93,6 +94,11 @@ def _what(event: Event) -> str:
             return f"waived {details['check']}"
         case "parameters":
             return f"parameters, version {details['version']}{_changed(details)}"
+        case "route":
+            return _routed(details)
+        case "alias":
+            before = f", not at {details['before']} any more" if details["before"] else ""
+            return f"alias {details['alias']} points at it{before}"
         case "release.live" if details.get("image"):
             return f"live, in {details['image'].partition(' ')[0]}"
         case "image.built" | "image.removed":
@@ -105,6 +111,20 @@ def _what(event: Event) -> str:
             return f"verdict: {event.what.partition('.')[2].replace('_', ' ')}"
         case _:
             return event.what.removeprefix("release.").replace("_", " ")
+
+
+def _routed(details: dict[str, Any]) -> str:
+    """A route by hand in few words; `parbake route` shows all of it."""
+    route = details["route"]
+    if route is None:
+        return "route removed"
+    if route.get("killed"):
+        return f"route, revision {details['revision']}: killed, {route['champion']} answers everything"
+    words = [f"{arm['version']}={arm['weight'] * 100:.4g}%" for arm in route["arms"]]
+    words += [f"shadow {shadow['version']}" for shadow in route.get("shadows", ())]
+    if rules := len(route.get("rules", ())):
+        words.append(f"{rules} rule{'s' if rules > 1 else ''}")
+    return f"route, revision {details['revision']}: {', '.join(words)}"
 
 
 def _changed(details: dict[str, Any]) -> str:

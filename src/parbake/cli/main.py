@@ -14,6 +14,7 @@ from parbake.cli.exits import Exit, exit_of
 from parbake.cli.options import DEBUG_KEY, debug_option
 from parbake.cli.output import say_error
 from parbake.errors import ParbakeError
+from parbake.names import did_you_mean
 
 # Module and first line of each subcommand: `parbake --help` must not import what they import.
 COMMANDS: Final = {
@@ -64,6 +65,16 @@ class _Lazy(click.Group):
             return None
         command: click.Command = importlib.import_module(COMMANDS[cmd_name][0]).command
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            # Click knows of no command before it is imported.
+            meant = did_you_mean(args[0], COMMANDS).replace(": did", ". Did")
+            raise click.UsageError(error.message.removesuffix(".") + meant, ctx) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

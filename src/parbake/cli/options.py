@@ -101,6 +101,18 @@ def server_options(function: F) -> F:
     return function
 
 
+def who_option(help_text: str) -> Callable[[F], F]:
+    """``--who``, or ``--by``: the name in the history."""
+    return click.option(
+        "--who",
+        "--by",
+        "who",
+        default="",
+        metavar="NAME",
+        help=f"{help_text}  [default: the user of this machine]",
+    )
+
+
 def pickle_option(function: F) -> F:
     """``--allow-pickle``."""
     return click.option(
@@ -120,6 +132,17 @@ class RegisteredOrBundle(click.ParamType[Any]):
 
             return str(parse_reference(str(value)))
         return BUNDLE.convert(value, param, ctx)
+
+
+class VersionOrBundle(RegisteredOrBundle):
+    """A bundle's path, ``models:/NAME@champion``, or ``NAME@3``: a version that is registered or released."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path, or the text of the version. Raises `NotFound`, `InvalidInput`."""
+        text = os.fsdecode(value)
+        if "@" in text and not text.startswith(REGISTERED) and not Path(text).exists():
+            return text
+        return super().convert(value, param, ctx)
 
 
 class ExistingPath(click.Path):
@@ -146,6 +169,11 @@ def state_options(function: F) -> F:
 def registry_options(function: F) -> F:
     """``--config``, ``--state-dir`` and what says where registry and bundle store are."""
     return _places(function, ("registry", "bundle_store"))
+
+
+def alias_options(function: F) -> F:
+    """The same, and ``--store``: what is changed in the registry stands in the history."""
+    return _places(function, ("store", "registry", "bundle_store"))
 
 
 def _places(function: F, only: Collection[str] = ()) -> F:
@@ -186,6 +214,7 @@ def name_and_directory(table: str) -> tuple[str, str]:
 
 BUNDLE = ExistingPath("bundle", "parbake pack MODEL --out DIR writes one")
 REGISTERED_OR_BUNDLE = RegisteredOrBundle()
+VERSION_OR_BUNDLE = VersionOrBundle()
 FILE = ExistingPath("file")
 
 

@@ -10,9 +10,9 @@ import click
 from parbake.cli.options import (
     BUNDLE,
     Command,
+    alias_options,
     json_option,
     progress_option,
-    registry_options,
     state_settings,
 )
 from parbake.cli.output import emit_json, say, stages
@@ -24,7 +24,7 @@ from parbake.cli.output import emit_json, say, stages
 @click.option("--alias", default="", metavar="ALIAS", help="Let this alias point at it.")
 @click.option("--by", default="", metavar="WHO", help="Who registers it.  [default: the user]")
 @click.option("--force", is_flag=True, help="Register it without purpose or owner; that is recorded.")
-@registry_options
+@alias_options
 @progress_option
 @json_option
 def command(
@@ -53,7 +53,9 @@ def command(
     settings = state_settings(config, values)
     with stages("registering", wanted=show_progress) as stage:
         stage(str(bundle))
-        version = register(settings, bundle, name=name, alias=alias, by=by, force=force)
+        version, untold = register(settings, bundle, name=name, alias=alias, by=by, force=force)
+    if untold:
+        say(untold)
     if as_json:
         emit_json(version)
         return

@@ -127,14 +127,21 @@ def _tuning(status: ReleaseStatus) -> str:
 
 def _change(text: str) -> tuple[str, int | float | bool | None]:
     """``every=10m`` as the name and value of a parameter."""
+    from parbake.app.trial import Tuning
+    from parbake.names import did_you_mean
+
     name, separator, value = text.partition("=")
+    if not separator:
+        raise click.UsageError(f"--set {text!r}: expected NAME=VALUE, as in p99=0.2")
+    known = ["every" if field == "every_s" else field for field in Tuning.__struct_fields__]
+    if name not in (*known, "every_s"):
+        meant = did_you_mean(name, known) or f"; there are {', '.join(known)}"
+        raise click.UsageError(f"--set {text!r}: no parameter {name!r}{meant}")
     if name == "every":
         name = "every_s"
         if value[-1:] in _UNITS:
             value, unit = value[:-1], _UNITS[value[-1]]
             return name, _number(value, text) * unit
-    if not separator:
-        raise click.UsageError(f"--set {text!r}: expected NAME=VALUE, as in p99=0.2")
     if not value:
         return name, None
     if value in _SWITCHES:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from parbake.cli.options import Command, json_option, server_options
+from parbake.cli.options import Command, json_option, server_options, who_option
 from parbake.cli.output import emit, emit_json, emit_table, emit_title, say
 from parbake.errors import SettingsError
 from parbake.serving.route import Kind, Loss
@@ -89,6 +89,8 @@ _NUMBERS = ("weight", "requests", "by rule", "rescued")
     metavar="N",
     help="Change it only if this is the revision in force (0: no route).",
 )
+@click.option("--why", default="", metavar="TEXT", help="Why, for the history.")
+@who_option("Who changes it.")
 @server_options
 @json_option
 def command(
@@ -98,14 +100,20 @@ def command(
     token: str,
     as_json: bool,
     revision: int | None,
+    why: str,
+    who: str,
     **wanted: Any,
 ) -> None:
     """Show or change which version of a deployment answers requests that name none.
 
     A change is in force in all fronts when the command returns, and no request fails over it. Without an option that
-    changes something the route is shown, with what each version was asked since the start of the server.
+    changes something the route is shown, with what each version was asked since the start of the server. Who changed
+    what, and why, stands in the history.
     """
+    from msgspec.structs import replace
+
     from parbake.app.routes import RouteChange
+    from parbake.cli.gate import user
     from parbake.transports import client
 
     where: dict[str, Any] = {"port": port, "admin_url": admin_url, "token": token}
@@ -124,7 +132,9 @@ def command(
     elif changes:
         change = RouteChange(changed(name, status.route, changes), revision=revision)
     if change is not None:
-        status = client.set_route(name, change, **where)
+        status = client.set_route(name, replace(change, by=who or user(), why=why), **where)
+        if status.note:
+            say(status.note)
     if as_json:
         emit_json(status)
     elif status.route is None:

@@ -46,6 +46,7 @@ from parbake.release.model import (
     OPEN,
     Deployment,
     Details,
+    Elsewhere,
     Ending,
     Event,
     Facts,
@@ -299,6 +300,15 @@ class Database:
                 details,
             )
         return msgspec.structs.replace(waiver, id=number, at=now)
+
+    def record_change(
+        self, what: Elsewhere, deployment: str, *, version: str = "", by: str, why: str = "", details: Details
+    ) -> None:
+        """See `State.record_change`."""
+        _check_name(deployment, "deployment")
+        _check_words(version=version, by=by, why=why)
+        with self._writing() as connection:
+            _event(connection, self._now(connection), by, what, deployment, version, 0, why, details)
 
     def record_image(self, image: ImageRecord) -> None:
         """See `State.record_image`."""

@@ -11,6 +11,9 @@ ReleaseState = Literal["pending", "running", "live", "rolled_back", "superseded"
 Ending = Literal["live", "rolled_back", "superseded", "refused", "aborted"]
 Action = Literal["promote", "hold", "roll_back"]
 
+Elsewhere = Literal["route", "alias"]
+"""What is changed elsewhere, and only told in the history."""
+
 Details: TypeAlias = dict[str, Any]
 """What JSON can say. The store keeps it and does not look inside."""
 

@@ -4,9 +4,9 @@ Each verb is one transaction that also writes its line of the history. A verb th
 with what is stored: where somebody else was faster, it raises `Conflict` and nothing has changed.
 
 All verbs raise `StateAway` where the store cannot be reached or written. Then the verb may have happened or not;
-asked again with the same `Release`, revision or version, it happens once at most; only a verdict or a waiver may then
-be there twice. A verb may wait for some seconds, so nobody calls it from an event loop. A store is for the process
-that opened it: its connections do not survive a fork.
+asked again with the same `Release`, revision or version, it happens once at most; only a verdict, a waiver or what
+was changed elsewhere may then be there twice. A verb may wait for some seconds, so nobody calls it from an event
+loop. A store is for the process that opened it: its connections do not survive a fork.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Protocol
 from parbake.release.model import (
     Deployment,
     Details,
+    Elsewhere,
     Ending,
     Event,
     Facts,
@@ -84,6 +85,11 @@ class State(FactsSource, Protocol):
 
     def record_waiver(self, waiver: WaiverRecord) -> WaiverRecord:
         """Keep that a check was let pass."""
+
+    def record_change(
+        self, what: Elsewhere, deployment: str, *, version: str = "", by: str, why: str = "", details: Details
+    ) -> None:
+        """Keep that somebody has changed what is not in the store: a route, an alias."""
 
     def record_image(self, image: ImageRecord) -> None:
         """Keep which bundle is in an image; whatever had its tag before is forgotten."""

@@ -7,7 +7,8 @@ POST   /admin/models/NAME/load          load a configured deployment (again)
 POST   /admin/models/NAME/unload        unload it
 GET    /admin/inventory                 what is served or could be, on what, whose it is
 GET    /admin/routes/NAME               how the requests of a deployment are shared out, and what came of it
-POST   /admin/routes/NAME               change it: ``{"route"}``, ``{"killed"}`` or ``{"remove": true}``; ``revision``
+POST   /admin/routes/NAME               change it: ``{"route"}``, ``{"killed"}`` or ``{"remove": true}``; optional
+                                        ``revision``, ``by``, ``why``
 GET    /admin/releases/NAME             how the release of a deployment stands
 POST   /admin/releases/NAME             release a version: gate, canary, judge
 GET    /admin/releases/NAME/judge       all that its judge knows
@@ -138,7 +139,7 @@ class _Admin:
                 if exchange.method == b"GET":
                     return msgspec.json.encode(await self._supervisor.route(name)), JSON
                 change = decode_json(msgspec.json.Decoder(RouteChange), exchange.body)
-                return msgspec.json.encode(await self._supervisor.set_route(name, change)), JSON
+                return msgspec.json.encode(await self._releases.set_route(name, change)), JSON
             case ["admin", "releases", name]:
                 allow(exchange, b"GET", b"POST")
                 if exchange.method == b"GET":

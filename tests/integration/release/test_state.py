@@ -77,6 +77,16 @@ def test_a_release_goes_live_step_by_step_and_its_history_says_so(state: Databas
     assert (third.why, third.details["share"]) == ("no worse after 4000 requests", 0.25)
 
 
+def test_what_is_changed_elsewhere_is_told_in_the_history(state: Database) -> None:
+    state.record_change("alias", "eta", version="3", by="ana", why="better", details={"alias": "champion"})
+    state.record_change("route", "eta", by="bob", details={"route": None, "revision": 2})
+    first, second = state.history("eta")
+    assert (first.what, first.version, first.by, first.why) == ("alias", "3", "ana", "better")
+    assert (second.what, second.version, second.details) == ("route", "", {"route": None, "revision": 2})
+    with pytest.raises(InvalidInput):
+        state.record_change("route", "no name", by="bob", details={})
+
+
 def test_a_second_release_of_a_deployment_is_refused_with_who_and_when(state: Database) -> None:
     begun = state.begin_release(wanted("4", kind="canary"), by="ana")
     with pytest.raises(

@@ -85,10 +85,12 @@ def test_what_cannot_be_written_does_not_stand_in_the_way_of_what_can(
     async def test() -> None:
         ledger = Ledger(Settings(server=ServerSettings(state_dir=str(tmp_path))))
         await ledger.note(Owed("eta", "something", broken))
+        assert ledger.lost == {"eta": "RuntimeError('a bug')"}
         end = Trial.of(release, "1").ended("parbake", "it is worse", WORSE)
         await ledger.note(Owed("eta", "version 2 was rolled back", end))
         await ledger.close()
         assert not ledger.owes("eta")
+        assert not ledger.lost
 
     asyncio.run(test())
     assert state.release(release.id).state == "rolled_back"

@@ -92,6 +92,22 @@ def test_debug_shows_the_traceback(failing: Fail, place: str, capsys: pytest.Cap
     assert err.endswith("error: unexpected ZeroDivisionError: division by zero\n")
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["delpoy", "eta@2"], "no such command 'delpoy'. Did you mean 'deploy'?"),
+        (["image", "biuld"], "no such command 'biuld'. Did you mean 'build'?"),
+        (["deploy", "eta@2", "--cnary", "1%"], "no such option '--cnary'. Did you mean '--canary'?"),
+        (["colour"], "no such command 'colour'\n"),
+    ],
+)
+def test_what_is_mistyped_is_told_what_is_near(
+    words: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == Exit.USAGE
+    assert says in capsys.readouterr().err
+
+
 def test_ctrl_c_is_no_bug(failing: Fail, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(failing(KeyboardInterrupt())) == Exit.INTERRUPTED
     assert capsys.readouterr().err == "error: interrupted\n"

@@ -7,6 +7,7 @@ import pytest
 
 from parbake.app.releases import TuningChange
 from parbake.app.trial import Tuning, tuned, tuning_of
+from parbake.cli.deploy import _margin
 from parbake.cli.pictures import evidence_bar
 from parbake.cli.release import _change
 from parbake.errors import SettingsError
@@ -30,6 +31,24 @@ def test_parameters_are_read_as_they_are_written(text: str, name: str, value: fl
 def test_what_is_no_parameter_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(click.UsageError, match=r"p99=0\.2"):
         _change(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("evry=1h", "no parameter 'evry': did you mean 'every'?"),
+        ("timeout=50", "did you mean 'timeout_ms'?"),
+        ("colour=red", "there are hold, kill, every, timeout_ms"),
+    ],
+)
+def test_a_parameter_that_is_mistyped_is_told_what_is_near(text: str, says: str) -> None:
+    with pytest.raises(click.UsageError) as refused:
+        _change(text)
+    assert says in refused.value.message
+    with pytest.raises(SettingsError, match="did you mean 'p99'"):
+        tuned(Parameters("eta", 0, {}), 7, {"p9": 1})
+    with pytest.raises(click.UsageError, match="did you mean 'failures'"):
+        _margin("failure=1")
 
 
 def test_parameters_are_for_the_release_that_they_were_set_for_and_hold_stays() -> None:

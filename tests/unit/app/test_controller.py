@@ -1,0 +1,238 @@
+"""What a server does with releases that others change at the same time, on a real store and with no process started."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from parbake.app.controller import Controller
+from parbake.app.plan import PlanEntry
+from parbake.app.releases import Back, Releases, Wanted
+from parbake.app.routes import RouteChange, RouteStatus
+from parbake.app.state import STATE_FILE
+from parbake.app.supervisor import Arranged, Supervisor
+from parbake.app.trial import Trial
+from parbake.errors import BundleMissing, Conflict, ModelNotFound
+from parbake.release.database import Database, open_database
+from parbake.release.model import Proposal, Release
+from parbake.serving.route import Route
+from parbake.settings import DeploymentSettings, ServerSettings, Settings
+
+PATIENCE_S = 20.0
+
+
+@dataclass
+class Fronts:
+    """What a supervisor serves, without any process: a bundle's path is its digest too."""
+
+    settings: Settings
+    served: dict[str, list[PlanEntry]] = field(default_factory=dict)
+    routes: dict[str, Route] = field(default_factory=dict)
+    missing: set[str] = field(default_factory=set)
+    """Bundles that cannot be loaded."""
+    asked: list[str] = field(default_factory=list)
+    """Those that were to be loaded."""
+
+    @property
+    def entries(self) -> tuple[PlanEntry, ...]:
+        return tuple(entry for entries in self.served.values() for entry in entries)
+
+    def default_entry(self, name: str) -> PlanEntry:
+        if name not in self.served:
+            raise ModelNotFound(f"no deployment {name!r}")
+        return self.served[name][-1]
+
+    def arranged(self, name: str, version: str) -> Arranged:
+        (found,) = (entry for entry in self.served[name] if entry.version == version)
+        return Arranged(version, found.bundle)
+
+    def followed(self, name: str) -> str:
+        return ""
+
+    def has_route(self, name: str) -> bool:
+        return name in self.routes
+
+    async def arrange(self, name: str, versions: Sequence[Arranged]) -> None:
+        there = {entry.bundle for entry in self.served.get(name, ())}
+        for one in versions:
+            if one.bundle not in there:
+                self.asked.append(one.bundle)
+                if one.bundle in self.missing:
+                    raise BundleMissing(f"no bundle {one.bundle}")
+        self.served[name] = [entry_of(name, one.version, one.bundle) for one in versions]
+
+    async def set_route(self, name: str, change: RouteChange) -> RouteStatus:
+        if change.route is None:
+            del self.routes[name]
+        else:
+            self.routes[name] = change.route
+        return await self.route(name)
+
+    async def route(self, name: str) -> RouteStatus:
+        return RouteStatus(name, self.routes.get(name))
+
+    def versions(self, name: str) -> list[str]:
+        return [entry.version for entry in self.served[name]]
+
+
+def entry_of(name: str, version: str, bundle: str) -> PlanEntry:
+    return PlanEntry(name, version, bundle, bundle, "dynamic", "inline", 1000.0, 100, 10, 0.0)
+
+
+def proposal(name: str, version: str, **more: Any) -> Proposal:
+    bundle = f"/bundles/{name}-{version}"
+    return Proposal(name, version, bundle, source=bundle, **more)
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Iterator[Database]:
+    """The store, as another server has it open."""
+    state = open_database(f"sqlite:///{tmp_path / STATE_FILE}")
+    yield state
+    state.close()
+
+
+@pytest.fixture
+def fronts(tmp_path: Path, state: Database) -> Fronts:
+    """Two deployments, each with its version 1, which is live in the store as well."""
+    settings = Settings(
+        server=ServerSettings(state_dir=str(tmp_path)),
+        deployments=(DeploymentSettings("/bundles/a-1"), DeploymentSettings("/bundles/b-1")),
+    )
+    fronts = Fronts(settings)
+    for name in ("a", "b"):
+        live(state, name, "1")
+        fronts.served[name] = [entry_of(name, "1", f"/bundles/{name}-1")]
+    return fronts
+
+
+def live(state: Database, name: str, version: str) -> Release:
+    """Released by somebody else."""
+    return state.finish(state.begin_release(proposal(name, version), by="ada"), "live", by="ada")
+
+
+def canary(state: Database, name: str, version: str) -> Release:
+    begun = state.begin_release(proposal(name, version, kind="canary", steps=(0.1, 0.5, 1.0)), by="ada")
+    return state.advance(begun, 0, by="ada")
+
+
+def controlled(fronts: Fronts, test: Callable[[Controller], Awaitable[None]]) -> None:
+    """Run a test with a controller whose loops do not run: the test takes their steps."""
+
+    async def run() -> None:
+        controller = Controller(cast("Supervisor", fronts))
+        try:
+            await asyncio.wait_for(test(controller), PATIENCE_S)
+        finally:
+            await controller.close()
+
+    asyncio.run(run())
+
+
+def test_a_deploy_on_a_server_that_is_behind_follows_first(fronts: Fronts, state: Database) -> None:
+    async def test(controller: Controller) -> None:
+        releases = Releases(controller)
+        # Another server has taken version 2 live, and tries version 3.
+        live(state, "a", "2")
+        with pytest.raises(Conflict, match="version '2' of 'a' is live already"):
+            await releases.deploy("a", Wanted("2", "/bundles/a-2"))
+        assert fronts.versions("a") == ["1", "2"]
+        canary(state, "a", "3")
+        with pytest.raises(Conflict, match="version '3' of 'a' is being released"):
+            await releases.deploy("a", Wanted("4", "/bundles/a-4"))
+        assert controller.trials["a"].champion == "2"
+        # Nothing was put under the server that the store does not say, and nothing written.
+        assert fronts.routes["a"].champion == "2"
+        now = state.live("a")
+        assert now is not None
+        assert now.proposal.version == "2"
+
+    controlled(fronts, test)
+
+
+def test_a_deployment_that_cannot_follow_holds_up_no_other(fronts: Fronts, state: Database) -> None:
+    async def test(controller: Controller) -> None:
+        await controller._catch_up()
+        fronts.missing.add("/bundles/a-2")
+        live(state, "a", "2")
+        live(state, "b", "2")
+        await controller._catch_up()
+        assert (fronts.versions("a"), fronts.versions("b")) == (["1"], ["1", "2"])
+        # It is not asked for at each turn, and the other goes on following at once.
+        live(state, "b", "3")
+        await controller._catch_up()
+        assert fronts.versions("b")[-1] == "3"
+        assert fronts.asked.count("/bundles/a-2") == 1
+        # Longer from one time to the next, but not given up.
+        pauses = [controller._late["a"][0]]
+        fronts.missing.clear()
+        controller._late["a"] = pauses[0], 0.0
+        await controller._catch_up()
+        assert fronts.versions("a") == ["1", "2"]
+        assert "a" not in controller._late
+
+    controlled(fronts, test)
+
+
+def test_who_changes_one_deployment_keeps_nobody_from_another(fronts: Fronts, state: Database) -> None:
+    async def test(controller: Controller) -> None:
+        releases = Releases(controller)
+        for name in ("a", "b"):
+            canary(state, name, "2")
+            await controller.join(name)
+        async with controller.lock("a"):
+            # Somebody has it for as long as a bundle takes to load.
+            found = await asyncio.wait_for(releases.promote("b", Back(by="bob")), 5)
+            assert (found.share, found.step) == (0.5, 1)
+            # And the loop that tends to all of them passes it by.
+            await asyncio.wait_for(controller._tend(controller.trials["a"]), 5)
+            await asyncio.wait_for(controller._tend(controller.trials["b"]), 5)
+            await asyncio.wait_for(controller._catch_up(), 5)
+        assert controller.trials["b"].lease is not None
+        assert controller.trials["a"].lease is None
+
+    controlled(fronts, test)
+
+
+def test_a_judge_whose_lease_is_lost_writes_nothing_and_people_go_on(fronts: Fronts, state: Database) -> None:
+    async def test(controller: Controller) -> None:
+        canary(state, "a", "2")
+        await controller.join("a")
+        trial = controller.trials["a"]
+        await controller._tend(trial)
+        lease = trial.lease
+        assert lease is not None
+        # It was silent for too long, and does not know yet.
+        state.give_up(lease)
+        assert state.lease(lease.name, "another server", 60) is not None
+        known = state.release(trial.release.id)
+        assert not await controller._safely("tend", "a", lambda: controller._tend(_due(trial)))
+        assert state.release(trial.release.id) == known
+        assert trial.lease is None
+        # It asks again, is told that another one judges, and leaves it at that.
+        await controller._tend(trial)
+        assert trial.lease is None
+        # A step by hand counts, whoever judges.
+        trial.lease = lease
+        await Releases(controller).promote("a", Back(by="bob"))
+        after = state.release(trial.release.id)
+        assert (after.step, trial.release.step) == (1, 1)
+        assert [event.by for event in state.history("a") if event.what == "release.advanced"] == [
+            "ada",
+            "bob",
+        ]
+
+    controlled(fronts, test)
+
+
+def _due(trial: Trial) -> Trial:
+    """The same, with something to write down."""
+    trial.remembered = -1e9
+    trial.verdict = trial.judge.verdict()
+    trial.told = trial.verdict.decision
+    return trial
