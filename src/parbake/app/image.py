@@ -32,7 +32,7 @@ from parbake.errors import (
 from parbake.names import NAME_PATTERN
 from parbake.release import image_parts as parts
 from parbake.release.bundles import fetch_bundle
-from parbake.release.image import Base, containerfile, labels, pins, reference, wanted
+from parbake.release.image import Base, containerfile, foundation, labels, pins, reference, wanted
 from parbake.release.image_tools import Tool, tool
 from parbake.release.model import ImageRecord, Proposal
 from parbake.release.registry import SCHEME, Reference, Version, is_reference, parse_reference
@@ -258,17 +258,25 @@ def build(
             stage("libraries")
             locked = parts.locked(wanted(pins(parts.requirements()), stored.environment, ground), ground)
             libraries = parts.libraries(locked, ground, folder)
+            # By content: the same name of a base may be something else tomorrow.
+            beginning = parts.digest(tar) if tar is not None else program.look(reference(base)).id
+            ground_tag = parts.foundation_tag(beginning, libraries.name)
             with parts.staging(folder) as work:
+                if not cache or not program.holds(ground_tag):
+                    under = work / "foundation"
+                    under.mkdir()
+                    if tar is not None:
+                        (under / "base.tar").hardlink_to(tar)
+                    shutil.copytree(libraries, under / "libraries", copy_function=os.link)
+                    (under / "Containerfile").write_text(foundation(ground))
+                    program.build(under, ground_tag, cache=cache)
                 context = work / "context"
                 context.mkdir()
-                if tar is not None:
-                    (context / "base.tar").hardlink_to(tar)
-                shutil.copytree(libraries, context / "libraries", copy_function=os.link)
                 server = parts.server(context / "server")
                 parts.command(context / "command")
                 parts.bundle(stored, context / "bundle")
                 (context / "Containerfile").write_text(
-                    containerfile(ground, labels(stored, source.version, server))
+                    containerfile(ground_tag, ground.site, labels(stored, source.version, server))
                 )
                 stage("image")
                 program.build(context, named, cache=cache)
@@ -365,14 +373,14 @@ def forget(settings: Settings, images: Iterable[Image]) -> None:
 
 
 def _forget_layers(program: Tool, kept: list[tuple[str, ...]]) -> None:
-    """Remove the unnamed images of builds, again and again: one that others are made of goes after these."""
-    waiting = program.unnamed()
+    """Remove what builds kept, again and again: an image that others are made of goes after these."""
+    waiting = program.kept()
     while waiting:
         spare = [one for one in waiting if not _below(program.look(one).layers, kept)]
         gone = {one for one in spare if program.remove(one)}
         if not gone:
             return
-        waiting = program.unnamed() & (waiting - gone)
+        waiting = program.kept() & (waiting - gone)
 
 
 def _below(layers: tuple[str, ...], kept: list[tuple[str, ...]]) -> bool:

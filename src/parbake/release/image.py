@@ -16,6 +16,8 @@ BUNDLE_AT: Final = "/bundle"
 """Where the bundle lies in the image."""
 MARK: Final = "dev.parbake.image"
 """Label of all that a build leaves in the store of images, finished or not."""
+FOUNDATIONS: Final = "localhost/parbake-libraries"
+"""Name of the images that have base and libraries, and nothing else yet; what they are made of is their tag."""
 DIGEST: Final = "dev.parbake.bundle.digest"
 USER: Final = 65532
 """Nobody's number on Debian and elsewhere; as other images without root have it."""
@@ -158,31 +160,39 @@ def labels(bundle: StoredBundle, version: str, server: str) -> dict[str, str]:
     return {name: " ".join(value.split()) for name, value in found.items() if value}
 
 
-def containerfile(base: Base, described: Mapping[str, str]) -> str:
-    """How the image is built from a folder with ``libraries``, ``server`` and ``bundle`` in it.
+def foundation(base: Base) -> str:
+    """How what all images with the same libraries begin with is built, from a folder with ``libraries`` in it.
 
-    Every stage begins at the base. What changes seldom comes first, so that a new model changes the last layer only.
+    It is kept as an image of its own, so that for a new model nobody looks at the libraries again.
     """
-    # Hashes instead of times in the compiled files, and one seed for the order of sets: two builds give the same bytes.
-    compiled = (
-        f"PYTHONHASHSEED=0 PYTHONDONTWRITEBYTECODE=1 python3 -m compileall -q -f "
-        f"--invalidation-mode unchecked-hash {base.site}"
-    )
     lines = [
         "# Written by parbake image build.",
         base.start.replace("FROM_AS", "AS base"),
         f"LABEL {MARK}=1",
-    ]
-    for part in ("libraries", "server"):
-        lines += [
-            f"FROM base AS {part}",
-            f"COPY {part}/ {base.site}/",
-            # Some libraries ship files for other Pythons, which this one cannot read.
-            f"RUN {compiled} || true",
-        ]
-    lines += [
+        "FROM base AS libraries",
+        f"COPY libraries/ {base.site}/",
+        # Some libraries ship files for other Pythons, which this one cannot read.
+        f"RUN {_compiled(base.site)} || true",
         "FROM base",
-        *(f"COPY --from={part} {base.site}/ {base.site}/" for part in ("libraries", "server")),
+        f"COPY --from=libraries {base.site}/ {base.site}/",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def containerfile(ground: str, site: str, described: Mapping[str, str]) -> str:
+    """How the image is built from a folder with ``server``, ``command`` and ``bundle`` in it.
+
+    ``ground`` is the image that `foundation` made, ``site`` the folder in which its Python looks for libraries. What
+    changes seldom comes first, so that a new model changes the last layer only.
+    """
+    lines = [
+        "# Written by parbake image build.",
+        f"FROM {ground} AS server",
+        "COPY server/ /staged/",
+        # The compiled files name the folder where they will lie.
+        f"RUN {_compiled('/staged', f'-s /staged -p {site}')}",
+        f"FROM {ground}",
+        f"COPY --from=server /staged/ {site}/",
         "COPY command/ /usr/local/bin/",
         "ENV HOME=/tmp PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 PARBAKE_HOST=0.0.0.0 PARBAKE_LOG_FORMAT=json",
         f'ENTRYPOINT ["parbake", "serve", "{BUNDLE_AT}"]',
@@ -191,6 +201,17 @@ def containerfile(base: Base, described: Mapping[str, str]) -> str:
         f"COPY bundle/ {BUNDLE_AT}/",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _compiled(folder: str, options: str = "") -> str:
+    # Hashes instead of times in the compiled files, and one seed for the order of sets: two builds give the same bytes.
+    words = (
+        "PYTHONHASHSEED=0 PYTHONDONTWRITEBYTECODE=1 python3 -m compileall -q -f",
+        "--invalidation-mode unchecked-hash",
+        options,
+        folder,
+    )
+    return " ".join(filter(None, words))
 
 
 def reference(tag: str) -> str:

@@ -21,7 +21,7 @@ import msgspec
 
 from parbake.contract.bundle import SIGNATURES, StoredBundle
 from parbake.errors import BuildFailed, MissingProgram, NotFound, SettingsError
-from parbake.release.image import EPOCH, Base, Pin, Wanted, canonical
+from parbake.release.image import EPOCH, FOUNDATIONS, Base, Pin, Wanted, canonical
 
 BOOTSTRAP: Final = "debootstrap:"
 _SUITE: Final = re.compile(r"^[a-z][a-z0-9-]{1,30}$")
@@ -167,6 +167,18 @@ def libraries(pinned: Sequence[Pin], base: Base, folder: Path) -> Path:
             settle(target)
             target.rename(kept)
     return kept
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def foundation_tag(base: str, libraries: str) -> str:
+    """Name of the image that has this base and these libraries, made as this parbake makes it."""
+    key = hashlib.sha256(msgspec.json.encode([base, libraries, 1])).hexdigest()[:16]
+    return f"{FOUNDATIONS}:{key}"
 
 
 def _strip(root: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Final
 import msgspec
 
 from parbake.errors import BuildFailed
-from parbake.release.image import EPOCH, MARK, Base
+from parbake.release.image import EPOCH, FOUNDATIONS, MARK, Base
 from parbake.release.image_parts import execute, missing
 
 TOOLS: Final = ("buildah", "podman", "docker")
@@ -76,14 +76,21 @@ class Tool:
         said = execute([self.name, "images", "--all", "--quiet", "--no-trunc"], {})
         return {_named(line.strip()) for line in said.splitlines() if line.strip()}
 
-    def unnamed(self) -> set[str]:
+    def holds(self, image: str) -> bool:
+        """Whether the store has an image of that name."""
+        return bool(execute([self.name, "images", "--quiet", "--filter", f"reference={image}"], {}).strip())
+
+    def kept(self) -> set[str]:
         """What builds have left in the store to build the next ones faster."""
-        said = execute(
-            [self.name, "images", "--all", "--quiet", "--no-trunc", "--filter", "dangling=true", "--filter",
-             f"label={MARK}"],
-            {},
-        )  # fmt: skip
-        return {_named(line.strip()) for line in said.splitlines() if line.strip()}
+        found: set[str] = set()
+        for which in ("dangling=true", f"reference={FOUNDATIONS}"):
+            said = execute(
+                [self.name, "images", "--all", "--quiet", "--no-trunc", "--filter", which, "--filter",
+                 f"label={MARK}"],
+                {},
+            )  # fmt: skip
+            found |= {_named(line.strip()) for line in said.splitlines() if line.strip()}
+        return found
 
     def remove(self, image: str) -> bool:
         """Take an image out of the store; false where a container, or another image, needs it."""

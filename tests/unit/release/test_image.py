@@ -66,9 +66,9 @@ def test_a_graph_goes_onto_another_python_with_the_servers_own_pins() -> None:
 
 
 def test_the_model_is_the_last_thing_that_is_copied(doubler_bundle: StoredBundle) -> None:
-    lines = containerfile(BASE, labels(doubler_bundle, "3", "0.1.0")).splitlines()
+    lines = containerfile("ground:1", BASE.site, labels(doubler_bundle, "3", "0.1.0")).splitlines()
     assert lines[-1] == "COPY bundle/ /bundle/"
-    assert [line for line in lines if line.startswith("FROM")][-1] == "FROM base"
+    assert [line for line in lines if line.startswith("FROM")] == ["FROM ground:1 AS server", "FROM ground:1"]
     assert "USER 65532:65532" in lines
 
 
