@@ -37,6 +37,7 @@ class Fronts:
     """Bundles that cannot be loaded."""
     asked: list[str] = field(default_factory=list)
     """Those that were to be loaded."""
+    earned_elsewhere: dict[str, Any] = field(default_factory=dict)
 
     @property
     def entries(self) -> tuple[PlanEntry, ...]:
