@@ -148,11 +148,15 @@ def test_a_store_that_dies_in_the_middle_stops_nobody_who_goes_back(
         # One that somebody takes back meanwhile.
         deploy(server, three, "3")
         postgres.kill()
+        wait_for(lambda: factors(server) == {2, 3})
+        killed = client.set_route("scaled", RouteChange(killed=True, by="ada"), port=port)
+        assert "will be written down" in killed.note
+        assert factors(server) == {2}
         back = client.rollback("scaled", Back(by="ada", why="customers call"), port=port)
         assert (back.state, back.champion) == ("rolled_back", "1")
         assert factors(server) == {2}
         postgres.start()
-        wait_for(lambda: history(url)[-1] == "release.rolled_back")
+        wait_for(lambda: history(url)[-2:] == ["parameters", "release.rolled_back"])
         # And one that is live already: the version before is still loaded, and the one before that is not.
         deploy(server, three, "4", kind="plain", steps=(1.0,))
         assert factors(server) == {3}

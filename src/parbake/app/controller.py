@@ -463,6 +463,12 @@ class Controller:
         if trial.tune(tuning, parameters.version) and trial.release.state == "running":
             await self.route(trial)
 
+    async def kill(self, trial: Trial, killed: bool) -> None:
+        """Send everything to the champion, or no longer, before the store knows."""
+        trial.tuning = msgspec.structs.replace(trial.tuning, kill=killed)
+        if trial.release.state == "running":
+            await self.route(trial)
+
     async def arranged(self, release: Release) -> Arranged:
         """A release as the supervisor serves it, its bundle at hand. Raises what asking for it raises."""
         proposal = release.proposal
