@@ -244,12 +244,21 @@ def test_a_release_is_changed_while_it_runs_and_the_judge_goes_by_it(tmp_path: P
         with Call(server.url) as call:
             versions = {call(PATH, infer(row)).json()["model_version"] for row in SERVED[:40]}
         assert versions == {"1"}
+        # The route is that of the release: its kill switch is the same one, and the next step would undo the rest.
+        with pytest.raises(Conflict, match="the route is that of the release"):
+            client.set_route("scaled", RouteChange(remove=True), port=server.port)
+        with pytest.raises(Conflict, match="not 99"):
+            client.set_route("scaled", RouteChange(killed=False, revision=99), port=server.port)
+        parbake(tmp_path, "route", "scaled", "--no-kill", "--who", "eve", *port)
+        assert not status(server).tuning.kill
+        parbake(tmp_path, "route", "scaled", "--kill", "--who", "eve", *port)
+        assert status(server).tuning.kill
         (tmp_path / "away.bundle").rename(two)
         client.tune("scaled", TuningChange({"kill": None, "hold": False}, by="bob"), port=server.port)
         wait_for(lambda: status(server).state == "live")
         changed = [event for event in events(tmp_path) if event["what"] == "parameters"]
         assert [(event["by"], event["why"]) for event in changed] == [
-            ("ada", "few callers"), ("bob", ""), ("bob", ""),
+            ("ada", "few callers"), ("bob", ""), ("eve", ""), ("eve", ""), ("bob", ""),
         ]  # fmt: skip
         assert changed[0]["details"]["values"]["requests"] == 20
         with pytest.raises(Conflict, match="only hold"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -15,7 +17,7 @@ from parbake.app.routes import RouteChange
 from parbake.errors import ParbakeError, StateAway
 from parbake.release.database import open_database
 from parbake.release.judge import Margins
-from parbake.serving.route import Arm, Route
+from parbake.serving.route import Arm, Route, Watch
 from parbake.testing import Server, serving
 from parbake.transports import client
 from tests.functions import write_scaled
@@ -146,11 +148,15 @@ def test_a_store_that_dies_in_the_middle_stops_nobody_who_goes_back(
         # One that somebody takes back meanwhile.
         deploy(server, three, "3")
         postgres.kill()
+        wait_for(lambda: factors(server) == {2, 3})
+        killed = client.set_route("scaled", RouteChange(killed=True, by="ada"), port=port)
+        assert "will be written down" in killed.note
+        assert factors(server) == {2}
         back = client.rollback("scaled", Back(by="ada", why="customers call"), port=port)
         assert (back.state, back.champion) == ("rolled_back", "1")
         assert factors(server) == {2}
         postgres.start()
-        wait_for(lambda: history(url)[-1] == "release.rolled_back")
+        wait_for(lambda: history(url)[-2:] == ["parameters", "release.rolled_back"])
         # And one that is live already: the version before is still loaded, and the one before that is not.
         deploy(server, three, "4", kind="plain", steps=(1.0,))
         assert factors(server) == {3}
@@ -180,3 +186,68 @@ def test_a_store_that_dies_in_the_middle_stops_nobody_who_goes_back(
         assert server.log().count("releases.store_away") == 3
         assert server.log().count("release.not_followed") == 0
     assert all(noted.status == 200 for one in (caller, *callers) for noted in one.noted)
+
+
+def by_key(server: Server) -> list[float]:
+    """What each of some keys is multiplied by."""
+    with Call(server.url) as call:
+        return [answer(call(PATH, infer(row)))[0] / row[0] for row in SERVED[:200]]
+
+
+def weight(server: Server) -> float:
+    """The share of the version that is tried."""
+    route = client.route("scaled", port=server.port).route
+    return 0.0 if route is None else route.arms[1].weight
+
+
+def earn(server: Server) -> None:
+    """Tell a server that the first version was good for nothing, and any other one for all that one could want."""
+    with Call(server.url) as call:
+        versions = [
+            call(PATH, infer(SERVED[n], id=f"r{n}")).json()["model_version"] for n in range(len(SERVED) // 4)
+        ]
+        labels = [{"id": f"r{n}", "label": int(version != "1")} for n, version in enumerate(versions)]
+        found = 0
+        while found < len(labels):
+            # Predictions are told on about twice a second.
+            found += call("/v2/models/scaled/labels", json.dumps({"labels": labels}).encode()).json()[
+                "accepted"
+            ]
+            time.sleep(0.2)
+
+
+def test_servers_with_one_store_share_keys_out_alike_and_learn_together(tmp_path: Path) -> None:
+    two, three = (write_scaled(tmp_path / f"{n}.bundle", n).path for n in (2, 3))
+    url = f"sqlite:///{tmp_path / 'state.db'}"
+    options: dict[str, Any] = {"workers": 1, "store": url, "lease_s": 3}
+    with (
+        serving(two, state_dir=tmp_path / "a", **options) as one,
+        serving(two, state_dir=tmp_path / "b", **options) as other,
+        calling(other.url, rows("scaled", *SERVED)) as (caller,),
+    ):
+        both = (one, other)
+        deploy(one, three, "2", kind="ab", steps=(0.5,))
+        wait_for(lambda: factors(other) == {2, 3})
+        assert by_key(one) == by_key(other)
+        client.rollback("scaled", Back(by="bob"), port=other.port)
+        wait_for(lambda: factors(one) == {2})
+        deploy(other, three, "3", kind="bandit", steps=(0.5,), watch=Watch(loss="reward"))
+        wait_for(lambda: factors(one) == {2, 3})
+        # Labels come to one of them only.
+        earn(one)
+        wait_for(lambda: all(weight(server) > 0.9 for server in both))
+        wait_for(lambda: by_key(one) == by_key(other))
+        # Whoever changes something else does not make them forget.
+        client.tune("scaled", TuningChange({"timeout_ms": 5000}, by="ada"), port=one.port)
+        wait_for(lambda: status(other).tuning.timeout_ms == 5000)
+        assert all(weight(server) > 0.9 for server in both)
+        # What the one has learned outlives it.
+        one.process.send_signal(signal.SIGKILL)
+        one.process.wait(60)
+        wait_for(lambda: status(other).judged_here)
+        time.sleep(3)
+        assert weight(other) > 0.9
+        client.promote("scaled", Back(by="ada"), port=other.port)
+        assert factors(other) == {3}
+        caller.wait(20)
+    assert not caller.failures

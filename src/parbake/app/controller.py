@@ -38,6 +38,8 @@ _REMEMBER_S: Final = 5.0
 """How often what the judge knows is written down: who dies loses so much of it at most."""
 _CATCH_UP_S: Final = 2.0
 """How often, about, one looks whether another server has begun or ended a release."""
+_SHARE_S: Final = 2.0
+"""How often servers tell each other what the versions of a bandit have earned."""
 _LONGEST_PAUSE_S: Final = 60.0
 CONTROLLER: Final = "parbake"
 """Who did it, in the history, where nobody told it to."""
@@ -200,6 +202,8 @@ class Controller:
         parameters = await self.ask(lambda state: state.parameters(trial.name))
         if parameters.version != trial.tuned:
             await self.tune(trial, parameters)
+        if trial.release.proposal.kind == "bandit" and time.monotonic() - trial.shared >= _SHARE_S:
+            await self._share_rewards(trial)
         verdict = trial.verdict
         if self.trials.get(trial.name) is not trial or trial.lease is None or verdict is None:
             return
@@ -215,6 +219,14 @@ class Controller:
             await self.step(trial, CONTROLLER, verdict.reason)
         elif now - trial.remembered >= _REMEMBER_S:
             await self._remember(trial)
+
+    async def _share_rewards(self, trial: Trial) -> None:
+        """Give a bandit's versions their weights by what labels told all servers, so that keys stay where they are."""
+        release, mine = trial.release, self.supervisor.rewards(trial.name)
+        others = await self.ask(lambda state: state.share_rewards(release, self._holder, mine))
+        trial.shared = time.monotonic()
+        if not trial.over:
+            self.supervisor.earned_elsewhere[trial.name] = others
 
     async def _hold(self, trial: Trial) -> bool:
         """Take or renew the lease of a release: who has it judges. Whether the release is still under way."""
@@ -428,8 +440,12 @@ class Controller:
         """Put the share of the step in force."""
         if trial.over:
             return
-        wanted = trial.route()
-        status = await self.supervisor.set_route(trial.name, RouteChange(route=wanted))
+        wanted = put = trial.route()
+        now = (await self.supervisor.route(trial.name)).route if wanted.kind == "bandit" else None
+        if now is not None and now.versions == wanted.versions:
+            # It goes on with the weights that it has learned.
+            put = msgspec.structs.replace(wanted, arms=now.arms)
+        status = await self.supervisor.set_route(trial.name, RouteChange(route=put))
         trial.routed = wanted
         in_force = status.route
         if in_force is not None and in_force.watch is not None and trial.judge.bins is None:
@@ -437,6 +453,7 @@ class Controller:
 
     async def no_route(self, name: str) -> None:
         """Without a route the last version of a name answers."""
+        self.supervisor.earned_elsewhere.pop(name, None)
         if self.supervisor.has_route(name):
             await self.supervisor.set_route(name, RouteChange(remove=True))
 
@@ -444,6 +461,12 @@ class Controller:
         """Follow what was changed while the release is under way."""
         tuning = tuning_of(parameters, trial.release.id)
         if trial.tune(tuning, parameters.version) and trial.release.state == "running":
+            await self.route(trial)
+
+    async def kill(self, trial: Trial, killed: bool) -> None:
+        """Send everything to the champion, or no longer, before the store knows."""
+        trial.tuning = msgspec.structs.replace(trial.tuning, kill=killed)
+        if trial.release.state == "running":
             await self.route(trial)
 
     async def arranged(self, release: Release) -> Arranged:

@@ -307,8 +307,11 @@ class Releases:
     async def set_route(self, name: str, change: RouteChange) -> RouteStatus:
         """Change a route by hand, as `Supervisor.set_route`, and have the history know.
 
-        Where the store is away it is in force all the same, and is written down later.
+        Where the store is away it is in force all the same, and is written down later. Raises `Conflict` while a
+        release is under way, but for the kill switch, which is that of the release then.
         """
+        if (trial := self._controller.trials.get(name)) is not None:
+            return await self._kill(trial, change)
         status = await self._supervisor.set_route(name, change)
         by, at = change.by or CONTROLLER, time.time()
         details = {"revision": status.revisions[-1].revision, "route": msgspec.to_builtins(status.route)}
@@ -328,8 +331,29 @@ class Releases:
         await self._controller.ledger.note(Owed(name, "its route was changed", write), _LATE_S)
         return msgspec.structs.replace(status, note=self._controller.note(name))
 
+    async def _kill(self, trial: Trial, change: RouteChange) -> RouteStatus:
+        """The kill switch of a route that belongs to a release; the next step would undo what is done by hand."""
+        name = trial.name
+        if change.killed is None:
+            raise Conflict(
+                f"version {trial.version!r} of {name!r} is being released, and the route is that of the release",
+                hint=f"parbake route {name} --kill sends everything to the champion; parbake rollback {name} ends it",
+            )
+        number = (await self._supervisor.route(name)).revisions[-1].revision
+        if change.revision not in (None, number):
+            raise Conflict(
+                f"the route of {name!r} is at revision {number}, not {change.revision}",
+                hint=f"parbake route {name} shows it",
+            )
+        await self.tune(name, TuningChange({"kill": change.killed}, change.by, change.why))
+        return msgspec.structs.replace(await self._supervisor.route(name), note=self._controller.note(name))
+
     async def tune(self, name: str, change: TuningChange) -> ReleaseStatus:
-        """Change parameters while it serves: see `Tuning`. Raises `Conflict`, `SettingsError`, `ModelNotFound`."""
+        """Change parameters while it serves: see `Tuning`. Raises `Conflict`, `SettingsError`, `ModelNotFound`.
+
+        Where the store is away the kill switch takes effect all the same, and is written down later; else it raises
+        `StateAway`.
+        """
         async with self._controller.lock(name):
             self._supervisor.default_entry(name)
             trial = self._controller.trials.get(name)
@@ -350,7 +374,15 @@ class Releases:
                     tuning_of(Parameters(name, 0, values), number).margins(trial.judge.margins)
                 return state.set_parameters(name, values, after=now.version, by=by, why=change.why)
 
-            parameters = await self._controller.ask(write)
+            try:
+                parameters = await self._controller.ask(write)
+            except StateAway:
+                if trial is None or trial.over or set(change.values) != {"kill"}:
+                    raise
+                await self._controller.kill(trial, bool(change.values["kill"]))
+                log().warning("release.killed", deployment=name, by=by, **change.values)
+                await self._controller.ledger.note(Owed(name, "the kill switch was used", write))
+                return self._status(trial)
             log().info("release.tuned", deployment=name, by=by, **change.values)
             if trial is not None:
                 await self._controller.tune(trial, parameters)

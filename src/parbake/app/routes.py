@@ -341,6 +341,20 @@ def rebalanced(route: Route, rewards: Mapping[str, tuple[float, float]]) -> Rout
     return msgspec.structs.replace(route, arms=arms)
 
 
+def added(
+    here: Mapping[str, tuple[float, float]], elsewhere: Mapping[str, tuple[float, float]]
+) -> dict[str, tuple[float, float]]:
+    """Rewards of several servers, by version."""
+    none = 0.0, 0.0
+    return {
+        version: (
+            here.get(version, none)[0] + elsewhere.get(version, none)[0],
+            here.get(version, none)[1] + elsewhere.get(version, none)[1],
+        )
+        for version in {**here, **elsewhere}
+    }
+
+
 def add_counts(parts: Sequence[RouteCounts]) -> RouteCounts:
     """The sum of several fronts' counts; of what is watched, only what is watched as it was last."""
     requests: dict[str, dict[str, dict[str, int]]] = {}

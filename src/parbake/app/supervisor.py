@@ -12,7 +12,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Awaitable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -65,6 +65,7 @@ from parbake.app.routes import (
     RouteChange,
     RouteCounts,
     RouteStatus,
+    added,
     default_watch,
     rebalanced,
 )
@@ -288,6 +289,8 @@ class Supervisor:
         self._why: dict[str, str] = {}
         self._routes = RouteBook()
         self._labels = LabelStore()
+        self.earned_elsewhere: dict[str, Mapping[str, tuple[float, float]]] = {}
+        """By deployment and version, what labels have told other servers with the same store, as `rewards` has it."""
         self._plan = Plan(0)
         self._placed: dict[tuple[str, str], Placed] = {}
         self._bundles: dict[tuple[str, str], StoredBundle] = {}
@@ -646,6 +649,10 @@ class Supervisor:
         """
         return self._labels.take(name, labels)
 
+    def rewards(self, name: str) -> dict[str, tuple[float, float]]:
+        """By version the rewards that labels have told of here, and what was missing to 1 each."""
+        return self._labels.rewards(name)
+
     async def _follow_rewards(self) -> None:
         """Give the versions of a bandit's route weights by what labels say that they earned."""
         while True:
@@ -653,7 +660,11 @@ class Supervisor:
             for route in self._routes.in_force:
                 if route.kind != "bandit" or route.killed:
                     continue
-                changed = rebalanced(route, self._labels.rewards(route.deployment))
+                here, elsewhere = (
+                    self.rewards(route.deployment),
+                    self.earned_elsewhere.get(route.deployment, {}),
+                )
+                changed = rebalanced(route, added(here, elsewhere))
                 if changed is None:
                     continue
                 try:

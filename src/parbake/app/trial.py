@@ -109,6 +109,8 @@ class Trial:
     told: Decision | None = None
     """The last decision that the history has."""
     remembered: float = 0.0
+    shared: float = -math.inf
+    """When servers told each other what the versions of a bandit earn, by the monotonic clock."""
     lease: Lease | None = None
     """Held by this server: it judges."""
     leased: float = -math.inf

@@ -56,6 +56,7 @@ from parbake.release.model import (
     Proposal,
     Release,
     ReleaseState,
+    Rewards,
     VerdictRecord,
     WaiverRecord,
 )
@@ -66,6 +67,7 @@ from parbake.release.schema import (
     LEASES,
     PARAMETERS,
     RELEASES,
+    REWARDS,
     VERDICTS,
     VERSION,
     WAIVERS,
@@ -245,6 +247,31 @@ class Database:
             if stored.state not in OPEN:
                 raise _over(stored)
             return _change(connection, stored, self._now(connection), judge_state=judge_state)
+
+    def share_rewards(self, release: Release, holder: str, rewards: Rewards) -> Rewards:
+        """See `State.share_rewards`."""
+        _check_words(holder=holder)
+        with self._writing() as connection:
+            # Behind an end that is just being written, whose rewards are gone.
+            self._lock(connection, release.proposal.deployment)
+            if _release(connection, release.id).state not in OPEN:
+                return {}
+            mine = (REWARDS.c.release == release.id) & (REWARDS.c.holder == holder)
+            connection.execute(sa.delete(REWARDS).where(mine))
+            if rewards:
+                connection.execute(
+                    sa.insert(REWARDS),
+                    [
+                        {"release": release.id, "holder": holder, "version": v, "earned": e, "missed": m}
+                        for v, (e, m) in rewards.items()
+                    ],
+                )
+            found = connection.execute(
+                sa.select(REWARDS.c.version, sa.func.sum(REWARDS.c.earned), sa.func.sum(REWARDS.c.missed))
+                .where(REWARDS.c.release == release.id, REWARDS.c.holder != holder)
+                .group_by(REWARDS.c.version)
+            )
+            return {version: (float(earned), float(missed)) for version, earned, missed in found}
 
     def record_verdict(
         self, release: Release, verdict: VerdictRecord, *, by: str, fence: Lease | None = None
@@ -561,6 +588,7 @@ class Database:
                 "image": _image_of(connection, release.proposal),
                 "table": release.proposal.table,
             }
+        connection.execute(sa.delete(REWARDS).where(REWARDS.c.release == release.id))
         number = _note(connection, now, by, f"release.{state}", release, why, details)
         return _change(connection, release, now, state=state, went_live=number if state == "live" else None)
 

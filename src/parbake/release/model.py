@@ -158,6 +158,10 @@ class Event(Struct, frozen=True):
     details: Details = {}
 
 
+Rewards: TypeAlias = dict[str, tuple[float, float]]
+"""By version, the sum of the rewards and of what was missing to 1."""
+
+
 class Lease(Struct, frozen=True):
     """The right to write for somebody's benefit, until somebody else has it."""
 

@@ -6,7 +6,7 @@ from typing import Final
 
 import sqlalchemy as sa
 
-VERSION: Final = "0002"
+VERSION: Final = "0003"
 """The migration that this version of parbake works with."""
 
 METADATA: Final = sa.MetaData()
@@ -126,6 +126,17 @@ IMAGES: Final = sa.Table(
     sa.Column("at", sa.Double, nullable=False),
     sa.Column("by", sa.Text, nullable=False),
     sa.Index("images_of_bundle", "bundle_digest", "at"),
+)
+
+REWARDS: Final = sa.Table(
+    "rewards",
+    METADATA,
+    sa.Column("release", sa.BigInteger, primary_key=True, autoincrement=False),
+    # The server that was told so by labels.
+    sa.Column("holder", sa.Text, primary_key=True),
+    sa.Column("version", sa.Text, primary_key=True),
+    sa.Column("earned", sa.Double, nullable=False),
+    sa.Column("missed", sa.Double, nullable=False),
 )
 
 LEASES: Final = sa.Table(

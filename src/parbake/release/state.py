@@ -26,6 +26,7 @@ from parbake.release.model import (
     Parameters,
     Proposal,
     Release,
+    Rewards,
     VerdictRecord,
     WaiverRecord,
 )
@@ -77,6 +78,12 @@ class State(FactsSource, Protocol):
 
     def remember(self, release: Release, judge_state: bytes, *, fence: Lease | None = None) -> Release:
         """Keep what the judge knows. The one write without a line of history: it changes nothing for anybody."""
+
+    def share_rewards(self, release: Release, holder: str, rewards: Rewards) -> Rewards:
+        """Keep what versions have earned by what one server knows; gives what the others know, together.
+
+        Like `remember` without a line of history. Where the release has ended, nothing is kept and none are given.
+        """
 
     def record_verdict(
         self, release: Release, verdict: VerdictRecord, *, by: str, fence: Lease | None = None

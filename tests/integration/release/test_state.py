@@ -87,6 +87,24 @@ def test_what_is_changed_elsewhere_is_told_in_the_history(state: Database) -> No
         state.record_change("route", "no name", by="bob", details={})
 
 
+def test_servers_tell_each_other_what_versions_have_earned_while_a_release_is_under_way(
+    state: Database,
+) -> None:
+    release = state.begin_release(wanted("2", kind="bandit", steps=(0.5,)), by="ana")
+    elsewhere = state.begin_release(wanted("2", "phi", kind="bandit", steps=(0.5,)), by="ana")
+    assert state.share_rewards(release, "one", {"1": (1.0, 2.0)}) == {}
+    assert state.share_rewards(elsewhere, "other", {"1": (7.0, 7.0)}) == {}
+    assert state.share_rewards(release, "other", {"1": (3.0, 4.0), "2": (5.0, 0.0)}) == {"1": (1.0, 2.0)}
+    assert state.share_rewards(release, "one", {"1": (2.0, 2.0)}) == {"1": (3.0, 4.0), "2": (5.0, 0.0)}
+    assert state.share_rewards(release, "third", {}) == {"1": (5.0, 6.0), "2": (5.0, 0.0)}
+    written = words(state)
+    assert state.release(release.id) == release
+    state.finish(release, "aborted", by="ana")
+    assert state.share_rewards(release, "third", {"1": (1.0, 0.0)}) == {}
+    assert state.share_rewards(elsewhere, "third", {}) == {"1": (7.0, 7.0)}
+    assert words(state) == [*written, "release.aborted 2"]
+
+
 def test_a_second_release_of_a_deployment_is_refused_with_who_and_when(state: Database) -> None:
     begun = state.begin_release(wanted("4", kind="canary"), by="ana")
     with pytest.raises(
@@ -394,12 +412,15 @@ def test_a_store_that_a_newer_parbake_changed_is_refused(url: str, state: Databa
         open_database(url)
 
 
-def test_a_store_from_before_images_is_brought_up_with_all_that_it_has(url: str, state: Database) -> None:
+def test_a_store_from_before_images_and_rewards_is_brought_up_with_all_that_it_has(
+    url: str, state: Database
+) -> None:
     live = put_live(state, "1")
     before = state.history()
     engine = sa.create_engine(address_of(url))
     with engine.begin() as connection:
         connection.exec_driver_sql("DROP TABLE images")
+        connection.exec_driver_sql("DROP TABLE rewards")
         connection.exec_driver_sql("UPDATE schema_version SET version_num = '0001'")
     engine.dispose()
     with closing(open_database(url)) as again:
@@ -408,6 +429,7 @@ def test_a_store_from_before_images_is_brought_up_with_all_that_it_has(url: str,
             ImageRecord("eta:1", "sha256:a", live.proposal.bundle_digest, "eta", "1", by="ana")
         )
         facts = again.facts("eta", "1")
+        assert again.share_rewards(again.begin_release(wanted("2"), by="ana"), "one", {"1": (1.0, 0.0)}) == {}
     assert facts is not None
     assert facts.image == "eta:1 sha256:a"
 

@@ -17,7 +17,7 @@ from parbake.app.routes import RouteChange, RouteStatus
 from parbake.app.state import STATE_FILE
 from parbake.app.supervisor import Arranged, Supervisor
 from parbake.app.trial import Trial
-from parbake.errors import BundleMissing, Conflict, ModelNotFound
+from parbake.errors import BundleMissing, Conflict, InvalidInput, ModelNotFound
 from parbake.release.database import Database, open_database
 from parbake.release.model import Proposal, Release
 from parbake.serving.route import Route
@@ -37,6 +37,9 @@ class Fronts:
     """Bundles that cannot be loaded."""
     asked: list[str] = field(default_factory=list)
     """Those that were to be loaded."""
+    unfit: set[str] = field(default_factory=set)
+    """Deployments whose route cannot be changed."""
+    earned_elsewhere: dict[str, Any] = field(default_factory=dict)
 
     @property
     def entries(self) -> tuple[PlanEntry, ...]:
@@ -67,6 +70,8 @@ class Fronts:
         self.served[name] = [entry_of(name, one.version, one.bundle) for one in versions]
 
     async def set_route(self, name: str, change: RouteChange) -> RouteStatus:
+        if name in self.unfit:
+            raise InvalidInput(f"the route does not fit {name!r}")
         if change.route is None:
             del self.routes[name]
         else:
@@ -175,6 +180,26 @@ def test_a_deployment_that_cannot_follow_holds_up_no_other(fronts: Fronts, state
         await controller._catch_up()
         assert fronts.versions("a") == ["1", "2"]
         assert "a" not in controller._late
+
+    controlled(fronts, test)
+
+
+def test_a_release_that_cannot_go_on_holds_up_no_other(fronts: Fronts, state: Database) -> None:
+    begun = {name: canary(state, name, "2") for name in ("a", "b")}
+
+    async def test(controller: Controller) -> None:
+        await controller.start()
+        assert set(controller.trials) == {"a", "b"}
+        fronts.unfit.add("a")
+        for release in begun.values():
+            state.advance(state.release(release.id), 1, by="ada")
+        while fronts.routes["b"].arms[1].weight != 0.5:
+            await asyncio.sleep(0.05)
+        assert fronts.routes["a"].arms[1].weight == 0.1
+        # It is tried again until it can.
+        fronts.unfit.clear()
+        while fronts.routes["a"].arms[1].weight != 0.5:
+            await asyncio.sleep(0.05)
 
     controlled(fronts, test)
 
