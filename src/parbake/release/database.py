@@ -90,7 +90,8 @@ def open_database(url: str, *, create: bool = True, clock: Callable[[], float] =
         path = Path(address.database or "")
         if not create and not path.exists():
             raise NotFound(
-                f"no state at {path}", hint="parbake serve makes it; --store or PARBAKE_STORE says where"
+                f"no state at {path}",
+                hint="the first release makes it; --store or --state-dir says where it is",
             )
         make_file(path)
     database = Database(sqlite_engine(address) if lite else postgres_engine(address), clock if lite else None)
