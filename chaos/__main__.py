@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
+import msgspec
+
 from bench.machine import this_machine
 from chaos.catalogue import ALL
 from chaos.model import Finding, NotTested, Scenario, Stage, finding, none
@@ -22,7 +24,10 @@ _QUICK_S: Final = 2.0
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Play, print, write; gives the exit status."""
-    options = _options().parse_args(arguments)
+    parser = _options()
+    options = parser.parse_args(arguments)
+    if options.again and not options.quick:
+        parser.error("--again goes with --quick: what is written down is what was seen at the first time")
     if options.list:
         for scenario in ALL.values():
             emit(f"{scenario.name:<18}{scenario.broken}")
@@ -66,7 +71,10 @@ def play(
                     f"{found.name}: {check.promise}: wanted {check.wanted}, observed {check.got} {check.unit}".rstrip()
                 )
         say(f"{found.name}: by times or sizes alone, so it is played again ({number + 1} of {again})")
-        found = _play(scenario, seconds, quick=quick, stage=stage)
+        next_one = _play(scenario, seconds, quick=quick, stage=stage)
+        if next_one.not_tested:
+            break
+        found = msgspec.structs.replace(next_one, plays=found.plays + 1)
     return found
 
 

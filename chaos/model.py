@@ -86,6 +86,8 @@ class Finding(Struct, frozen=True):
     complaint: str = ""
     outage_ms: float = 0.0
     figures: dict[str, float | None] = {}
+    plays: int = 1
+    """How often it was played; all but the last time it was late and nothing else."""
     not_tested: str = ""
     """Why it could not be played here."""
 
@@ -100,21 +102,24 @@ class Finding(Struct, frozen=True):
         return not self.held and all(check.held or check.measured for check in self.checks)
 
 
-def none(promise: str, got: float) -> Check:
+def none(promise: str, got: float, *, measured: bool = False) -> Check:
     """A promise that something never happens."""
-    return Check(promise, "0", _number(got), "", got == 0, measured=False)
+    return Check(promise, "0", _number(got), "", got == 0, measured)
 
 
-def at_most(promise: str, got: float, most: float, unit: str = "") -> Check:
+def at_most(promise: str, got: float, most: float, unit: str = "", *, measured: bool = True) -> Check:
     """A promise with a limit that is not passed."""
-    return Check(promise, f"at most {most:,g} {unit}".rstrip(), _number(got), unit, got <= most)
+    return Check(promise, f"at most {most:,g} {unit}".rstrip(), _number(got), unit, got <= most, measured)
 
 
-def at_least(promise: str, got: float, least: float, unit: str = "") -> Check:
+def at_least(promise: str, got: float, least: float, unit: str = "", *, measured: bool = True) -> Check:
     """A promise with a limit that is reached."""
-    wanted = f"at least {least:,g} {unit}".rstrip()
-    # That something happens at all is no question of how quick the machine is.
-    return Check(promise, wanted, _number(got), unit, got >= least, measured=least > 1 or bool(unit))
+    return Check(promise, f"at least {least:,g} {unit}".rstrip(), _number(got), unit, got >= least, measured)
+
+
+def held(promise: str, got: object) -> Check:
+    """A promise of a fact: something is so, or is there."""
+    return at_least(promise, bool(got), 1, measured=False)
 
 
 def _number(got: float) -> float | None:

@@ -21,7 +21,12 @@ Name = Annotated[str, msgspec.Meta(pattern=NAME_PATTERN.pattern)]
 """A string that msgspec accepts only if it fits `NAME_PATTERN`."""
 
 
+def near(word: str, known: Iterable[str]) -> str:
+    """The known word that is nearest, or "" where none is near."""
+    return next(iter(get_close_matches(word[:_SHOWN_CHARS], list(known), n=1)), "")
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """``: did you mean 'every'?``, or "" where no known word is near."""
-    close = get_close_matches(word[:_SHOWN_CHARS], list(known), n=1)
-    return f": did you mean {close[0]!r}?" if close else ""
+    close = near(word, known)
+    return f": did you mean {close!r}?" if close else ""

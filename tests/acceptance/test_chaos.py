@@ -121,3 +121,9 @@ def test_only_what_was_late_and_nothing_else_is_played_again(
     monkeypatch.setitem(ALL, "made-up", scenario(lambda stage: next(plays)))
     assert command.main(["made-up", "--quick", "--again", "2"]) == status
     assert len(list(plays)) == len(seen) - played
+
+
+def test_what_is_written_down_was_seen_at_the_first_time() -> None:
+    with pytest.raises(SystemExit) as refused:
+        command.main(["drain", "--again", "1"])
+    assert refused.value.code == 2

@@ -25,6 +25,7 @@ from parbake.contract.bundle import Goldens, StoredBundle, write_bundle
 from parbake.contract.environment import capture
 from parbake.contract.model import Contract, Parity, Step, TensorSpec
 from parbake.release.database import open_database
+from parbake.release.image import FOUNDATIONS, MARK
 from parbake.release.model import Proposal
 from tests.conftest import write_doubler
 
@@ -232,6 +233,20 @@ def test_a_released_version_is_built_by_its_number_and_prune_leaves_what_is_need
     gone = place.build("four.bundle", "--tag", "doubler:gone")
     place.build("two.bundle", "--tag", "doubler:newest")
     place.tool("podman", "create", "--name", "holds", *LIMITS, made["tag"])
+    # Base and libraries of images that are not there any more.
+    container = place.tool("buildah", "from", "scratch").strip()
+    place.tool("buildah", "config", "--label", f"{MARK}=1", container)
+    place.tool("buildah", "commit", "--quiet", "--rm", container, f"{FOUNDATIONS}:old")
+    foundations = (
+        "buildah",
+        "images",
+        "--format",
+        "{{.Name}}:{{.Tag}}",
+        "--filter",
+        f"reference={FOUNDATIONS}",
+    )
+    before = set(place.tool(*foundations).split())
+    assert len(before) == 2
     done = place.run("image", "prune", "--keep", "1", "--reference", "doubler:2", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -242,6 +257,7 @@ def test_a_released_version_is_built_by_its_number_and_prune_leaves_what_is_need
         "doubler:1": "version 1 of doubler is live",
     }
     assert [image["tag"] for image in found["removed"]] == ["doubler:gone"]
+    assert set(place.tool(*foundations).split()) == before - {f"{FOUNDATIONS}:old"}
     assert found["freed_bytes"] > 0
     stored = place.tool("podman", "images", "--all", "--no-trunc", "--quiet").split()
     assert gone["id"] not in stored

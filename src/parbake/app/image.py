@@ -260,16 +260,16 @@ def build(
             libraries = parts.libraries(locked, ground, folder)
             # By content: the same name of a base may be something else tomorrow.
             beginning = parts.digest(tar) if tar is not None else program.look(reference(base)).id
-            ground_tag = parts.foundation_tag(beginning, libraries.name)
+            recipe = foundation(ground)
+            ground_tag = parts.foundation_tag(beginning, libraries.name, recipe)
             with parts.staging(folder) as work:
+                under = work / "foundation"
+                under.mkdir()
+                if tar is not None:
+                    (under / "base.tar").hardlink_to(tar)
+                (under / "Containerfile").write_text(recipe)
                 if not cache or not program.holds(ground_tag):
-                    under = work / "foundation"
-                    under.mkdir()
-                    if tar is not None:
-                        (under / "base.tar").hardlink_to(tar)
-                    shutil.copytree(libraries, under / "libraries", copy_function=os.link)
-                    (under / "Containerfile").write_text(foundation(ground))
-                    program.build(under, ground_tag, cache=cache)
+                    _lay(program, under, libraries, ground_tag, cache=cache)
                 context = work / "context"
                 context.mkdir()
                 server = parts.server(context / "server")
@@ -279,7 +279,14 @@ def build(
                     containerfile(ground_tag, ground.site, labels(stored, source.version, server))
                 )
                 stage("image")
-                program.build(context, named, cache=cache)
+                try:
+                    program.build(context, named, cache=cache)
+                except BuildFailed:
+                    if program.holds(ground_tag):
+                        raise
+                    # Another project, with the same store of images and a lock of its own, has just pruned it.
+                    _lay(program, under, libraries, ground_tag, cache=cache)
+                    program.build(context, named, cache=cache)
             found = program.look(named)
             made = Image(
                 id=found.id,
@@ -300,6 +307,13 @@ def build(
             f"{error.filename or folder} cannot be written: {error.strerror}",
             hint="parbake image prune makes room",
         ) from error
+
+
+def _lay(program: Tool, under: Path, libraries: Path, tag: str, *, cache: bool) -> None:
+    """Build the image of base and libraries from a folder that has all but the libraries. Raises `BuildFailed`."""
+    if not (under / "libraries").exists():
+        shutil.copytree(libraries, under / "libraries", copy_function=os.link)
+    program.build(under, tag, cache=cache)
 
 
 def images(state: Path) -> list[Image]:

@@ -59,7 +59,7 @@ class _Since(click.ParamType[float]):
 def command(name: str, since: float, limit: int, config: Path | None, as_json: bool, **values: Any) -> None:
     """Show what happened to the deployment NAME, or to all.
 
-    That are releases, verdicts, waivers, changed parameters, routes by hand and moved aliases. It is read from the
+    These are releases, verdicts, waivers, changed parameters, routes by hand and moved aliases. It is read from the
     store of releases, whether a server runs or not.
     """
     from contextlib import closing

@@ -14,7 +14,7 @@ from parbake.cli.exits import Exit, exit_of
 from parbake.cli.options import DEBUG_KEY, debug_option
 from parbake.cli.output import say_error
 from parbake.errors import ParbakeError
-from parbake.names import did_you_mean
+from parbake.names import near
 
 # Module and first line of each subcommand: `parbake --help` must not import what they import.
 COMMANDS: Final = {
@@ -73,8 +73,9 @@ class _Lazy(click.Group):
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
             # Click knows of no command before it is imported.
-            meant = did_you_mean(args[0], COMMANDS).replace(": did", ". Did")
-            raise click.UsageError(error.message.removesuffix(".") + meant, ctx) from error
+            close = near(args[0], COMMANDS)
+            meant = f" Did you mean {close!r}?" if close else ""
+            raise click.UsageError(error.message + meant, ctx) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

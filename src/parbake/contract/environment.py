@@ -121,10 +121,14 @@ class Distributions:
 
 
 def _regular(distribution: metadata.Distribution, top: str) -> set[str]:
-    """The outermost modules and packages of a distribution that lie under a top-level name and are no namespace."""
-    files = re.findall(
-        rf"^({re.escape(top)}[/.][^,\n]*)", distribution.read_text("RECORD") or "", re.MULTILINE
-    )
+    """The outermost modules and packages of a distribution that lie under a top-level name and are no namespace.
+
+    One that does not say which files it has (a package of Debian's) stands for all that no other one brings.
+    """
+    record = distribution.read_text("RECORD")
+    if record is None:
+        return {top}
+    files = re.findall(rf"^({re.escape(top)}[/.][^,\n]*)", record, re.MULTILINE)
     packages = {PurePosixPath(file).parent for file in files if file.endswith("/__init__.py")}
     found: set[str] = set()
     for file in map(PurePosixPath, files):

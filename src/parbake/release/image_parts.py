@@ -175,9 +175,9 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def foundation_tag(base: str, libraries: str) -> str:
-    """Name of the image that has this base and these libraries, made as this parbake makes it."""
-    key = hashlib.sha256(msgspec.json.encode([base, libraries, 1])).hexdigest()[:16]
+def foundation_tag(base: str, libraries: str, recipe: str) -> str:
+    """Name of the image that has this base and these libraries, made by this Containerfile."""
+    key = hashlib.sha256(msgspec.json.encode([base, libraries, recipe])).hexdigest()[:16]
     return f"{FOUNDATIONS}:{key}"
 
 

@@ -15,6 +15,8 @@ from parbake.runtime.batcher import Outcome, runner_down
 from parbake.runtime.session import Session
 
 _RECONNECT_S: Final = 0.02
+_SLOW_FROM: Final = 4
+"""So many batches given up, and none answered yet: perhaps nothing hangs, and all rows are slower than goldens."""
 _PROBE_S: Final = 1.0
 """How often a runner without a batch is asked whether it is still there."""
 _LATE_S: Final = 1.0
@@ -84,6 +86,8 @@ class RunnerBackend(asyncio.Protocol):
         self._rows = 0
         self._row_s = 0.0
         """Time of one row in the slowest of the last batches; before there was one, of a golden row."""
+        self._given_up = 0
+        """Batches that were given up before there was any reply to one."""
         self._said_up = False
         """Whether `_on_up` was called, and not yet `_on_down`."""
         self._closed = False
@@ -149,7 +153,10 @@ class RunnerBackend(asyncio.Protocol):
         self._next_id += 1
         self._done = done
         # Many rows may take long without anything being wrong: as long as rows have taken before, with room.
-        expected_s = 4 * rows * self._row_s if self._row_s else self._wedged_s * min(rows - 1, 9)
+        if self._row_s and self._given_up < _SLOW_FROM:
+            expected_s = 4 * rows * self._row_s
+        else:
+            expected_s = self._wedged_s * min(rows - 1, 9)
         allowed_s = self._wedged_s + expected_s
         self._rows = rows
         self._sent_at = monotonic()
@@ -224,6 +231,7 @@ class RunnerBackend(asyncio.Protocol):
         if status == wire.OK:
             outcome = Outcome(raws, shapes, seconds)
             self._row_s = max(seconds / self._rows, 0.9 * self._row_s)
+            self._given_up = 0
             self._longest_s = max(seconds, self._longest_s)
         elif status == wire.REJECTED:
             outcome = Outcome(seconds=seconds, error=RowRejected(raws[0].decode()))
@@ -260,6 +268,7 @@ class RunnerBackend(asyncio.Protocol):
     def _wedged(self, allowed_s: float, asked_at: float) -> None:
         log().error("runner.wedged", deployment=self._name, after_s=round(allowed_s, 3))
         self._timer = None
+        self._given_up += not self._longest_s
         done, self._done = self._done, None
         # Not up from now on: who asks next must not be sent to a process that is about to be killed.
         for transport in (self._transport, self._greeted):

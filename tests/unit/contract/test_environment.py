@@ -81,6 +81,17 @@ def test_a_shared_namespace_belongs_to_nobody_whoever_comes_first_on_the_path(tm
         }  # fmt: skip
 
 
+def test_who_does_not_say_which_files_he_has_stands_for_what_nobody_else_brings(tmp_path: Path) -> None:
+    for name in ("told", "untold"):
+        info = tmp_path / f"{name}-1.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
+        (info / "top_level.txt").write_text("shared\n")
+    (tmp_path / "told-1.dist-info" / "RECORD").write_text("shared/one/__init__.py,sha256=x,1\n")
+    found = Distributions([str(tmp_path)])
+    assert (found.of("shared.one.deep"), found.of("shared.other")) == ("told", "untold")
+
+
 def test_the_lock_names_the_machine() -> None:
     lock = capture()
     assert lock.os

@@ -13,7 +13,6 @@ import struct
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from itertools import chain
 from typing import Any, Final, Literal
 
@@ -23,6 +22,7 @@ from parbake.contract.datatypes import FLOATS, INTEGERS, NUMPY
 from parbake.contract.model import TensorSpec
 from parbake.contract.tensors import Shape
 from parbake.errors import InvalidInput, InvalidRequest, MalformedBody, RequestTooLarge
+from parbake.names import near
 from parbake.serving.model import Answer
 from parbake.serving.service import ServedVersion
 from parbake.transports.http.oip import InferCall, flatten
@@ -233,7 +233,7 @@ class PeopleCodec:
         hints = [
             f"did you mean {_quoted(close)} where it says {_quoted(name)}?"
             for name in unknown[:_SHOWN_NAMES]
-            for close in get_close_matches(name[:_SHOWN_CHARS], self._names, n=1)
+            if (close := near(name, self._names))
         ]
         return " ".join(hints) or f"a row has {_some(self._names)}"
 
