@@ -33,7 +33,8 @@ _CANARY = "1%,5%,25%,100%"
     "--canary",
     default="",
     metavar="SHARE,...",
-    help=f"Shares of the traffic, step by step, as in {_CANARY}; the judge promotes and rolls back.",
+    help=f"Shares of the traffic, step by step, as in {_CANARY}; the judge promotes and rolls back. After the last "
+    "step it gets all of it.",
 )
 @click.option(
     "--shadow", is_flag=True, help="First, or only, have it answer copies whose answers nobody gets."
@@ -132,6 +133,19 @@ def command(
     if not (name and separator and number):
         raise click.UsageError(f"{version!r} is not NAME@VERSION")
     kind, steps = _kind_and_steps(canary, ab, shadow=shadow, bandit=bandit)
+    judged = {
+        "--every": every != "0s",
+        "--margin": margins,
+        "--segment": segment,
+        "--output": output,
+        "--loss": loss,
+    }
+    if kind == "plain" and any(judged.values()):
+        given = next(option for option, value in judged.items() if value)
+        raise click.UsageError(
+            f"{given} says how to judge a version beside another one; without --canary, --shadow, --ab or --bandit "
+            "it would get all of the traffic at once"
+        )
     try:
         wanted = Wanted(
             number,

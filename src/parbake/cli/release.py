@@ -86,6 +86,8 @@ def show(status: ReleaseStatus) -> None:
     line = f"{status.deployment}: version {status.version} {_STATES.get(status.state, status.state)}"
     if status.state == "running":
         line += f", step {status.step + 1} of {len(status.steps)}: {100 * status.share:g} % of the traffic"
+        if status.kind == "canary" and status.step + 1 == len(status.steps) and status.share < 1:
+            line += ", then all of it"
     emit(line)
     if status.champion != status.version:
         emit(f"version {status.champion} answers{' the rest' if status.state == 'running' else ''}")

@@ -47,6 +47,8 @@ _HALF_LIFE: Final = 20_000
 """Requests of the champion after which what it did counts half in guesses."""
 _WARM: Final = 100
 """Requests of the champion before its quantiles are guessed."""
+_BLIND: Final = 3
+"""Times the requests of a step that are waited for until latencies can be compared: with few keys they never can."""
 _MOST_POINTS: Final = 200
 _EDGES: Final = np.array(LATENCY_EDGES_MS)
 
@@ -263,6 +265,13 @@ class Judge(Struct, frozen=True):
             return Verdict(
                 Decision.HOLD, f"about {_round(missing)} more requests of the challenger", evidence
             )
+        blind = self._blind()
+        if blind and self.step_requests < _BLIND * margins.requests:
+            return Verdict(
+                Decision.HOLD,
+                f"{blind} not compared yet: too few keys of the champion to know how long it takes",
+                evidence,
+            )
         doubted = [test for test in self.tests if test.odds >= math.log(SUSPICION)]
         if doubted:
             words = ", ".join(_title(test) for test in doubted)
@@ -280,9 +289,17 @@ class Judge(Struct, frozen=True):
             return Verdict(
                 Decision.PROMOTE, f"failures, p50 and p99 are within the margins, {self._sure()}", evidence
             )
-        return Verdict(
-            Decision.PROMOTE, f"{self.step_requests:,} requests in this step and no sign of harm", evidence
-        )
+        words = f"{self.step_requests:,} requests in this step and no sign of harm"
+        if blind:
+            words += f" ({blind} not compared: too few keys)"
+        return Verdict(Decision.PROMOTE, words, evidence)
+
+    def _blind(self) -> str:
+        """The quantiles on which nobody has bet in this step, in words; "" where there are none."""
+        if not any(self.champion.latency) or not any(self.challenger.latency):
+            return ""
+        names = [test.name for test in self.tests if test.name in QUANTILES and not any(test.logs)]
+        return f"{' and '.join(names)} {'was' if len(names) == 1 else 'were'}" if names else ""
 
     def _sure(self) -> str:
         return f"surely to {100 * self.margins.alpha:g} %"

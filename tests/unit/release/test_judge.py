@@ -195,6 +195,25 @@ def test_a_good_one_is_promoted_after_its_requests_and_each_step_asks_again() ->
     assert {test.name for test in anew if any(test.logs)} == {"labels", "rescued"}
 
 
+def test_who_cannot_be_compared_yet_is_not_promoted_and_not_kept_for_ever() -> None:
+    random = np.random.default_rng(5)
+    # All that there is in the first look has nothing before it that it could be held against.
+    judge, verdict = Judge.start(Margins(requests=100)).look(
+        seen(random, 450), seen(random, 118, slower=21), 1
+    )
+    assert verdict.decision is Decision.HOLD
+    assert verdict.reason.startswith("p50 and p99 were not compared yet")
+    judge, verdict = judge.look(seen(random, 60), seen(random, 15, slower=21), 2)
+    assert verdict.decision is Decision.ROLL_BACK
+    # Ten keys, whose first requests are all that is counted, are never enough.
+    judge = Judge.start(Margins(requests=100))
+    for second in range(4):
+        few = msgspec.structs.replace(seen(random, 5), requests=80)
+        judge, verdict = judge.look(few, few, second)
+        assert verdict.decision is (Decision.HOLD if second < 3 else Decision.PROMOTE)
+    assert "(p50 and p99 were not compared: too few keys)" in verdict.reason
+
+
 def test_other_margins_hold_from_then_on_and_keep_what_they_are_not_about() -> None:
     judge, _ = released(3, 100)
     other = judge.with_margins(Margins(p99=0.3, alpha=0.02))
