@@ -138,7 +138,7 @@ def test_while_the_registry_is_away_a_server_starts_from_its_cache_and_waits_wit
         assert "from the cache" in server.log()
     with (
         pytest.raises(ServerNotFound, match=r"registry\.awaited"),
-        serving(released.reference, timeout_s=6, **released.options(state_dir=released.folder / "none")),
+        serving(released.reference, timeout_s=12, **released.options(state_dir=released.folder / "none")),
     ):
         pass
 
