@@ -199,9 +199,7 @@ class Controller:
             return
         if trial.release.state == "running" and trial.routed != trial.route():
             await self.route(trial)
-        parameters = await self.ask(lambda state: state.parameters(trial.name))
-        if parameters.version != trial.tuned:
-            await self.tune(trial, parameters)
+        await self.tune(trial, lambda state: state.parameters(trial.name))
         if trial.release.proposal.kind == "bandit" and time.monotonic() - trial.shared >= _SHARE_S:
             await self._share_rewards(trial)
         verdict = trial.verdict
@@ -336,6 +334,13 @@ class Controller:
 
     async def finish(self, trial: Trial, by: str, why: str = "") -> None:
         """Everything to the new version; the one before stays loaded, to go back to at once."""
+        trial.going_live = True
+        try:
+            await self._finish(trial, by, why)
+        finally:
+            trial.going_live = False
+
+    async def _finish(self, trial: Trial, by: str, why: str) -> None:
         name, release, fence = trial.name, trial.release, trial.lease
         challenger, champion = await self.arranged(release), self.supervisor.arranged(name, trial.champion)
         try:
@@ -347,7 +352,7 @@ class Controller:
         if trial.judge.challenger.requests:
             release = await self.ask(lambda state: state.remember(release, _encoded(trial.judge)))
         # The store first: while it is away nothing is promoted, and who dies behind this starts with what it says.
-        live = await self.ask(lambda state: state.finish(release, "live", by=by, why=why, fence=fence))
+        live = await self.ask(lambda state: state.finish(release, "live", by=by, why=why, fence=fence), name)
         if trial.over:
             # It was rolled back just then; that is written down behind this.
             return
@@ -441,7 +446,8 @@ class Controller:
         if trial.over:
             return
         wanted = put = trial.route()
-        now = (await self.supervisor.route(trial.name)).route if wanted.kind == "bandit" else None
+        # Nothing is waited for in between: of two changes the later one is in force.
+        now = self.supervisor.in_force(trial.name) if wanted.kind == "bandit" else None
         if now is not None and now.versions == wanted.versions:
             # It goes on with the weights that it has learned.
             put = msgspec.structs.replace(wanted, arms=now.arms)
@@ -457,17 +463,27 @@ class Controller:
         if self.supervisor.has_route(name):
             await self.supervisor.set_route(name, RouteChange(remove=True))
 
-    async def tune(self, trial: Trial, parameters: Parameters) -> None:
-        """Follow what was changed while the release is under way."""
+    async def tune(self, trial: Trial, verb: Callable[[State], Parameters], about: str = "") -> None:
+        """Follow the parameters that a verb reads, or changes, while the release is under way."""
+        known = trial.tuning
+        parameters = await self.ask(verb, about)
+        if parameters.version == trial.tuned:
+            return
+        if trial.tuning is not known or self.ledger.owes(trial.name):
+            # The kill switch was used here and is still to be written down: they are from before. Next time.
+            return
         tuning = tuning_of(parameters, trial.release.id)
         if trial.tune(tuning, parameters.version) and trial.release.state == "running":
             await self.route(trial)
 
-    async def kill(self, trial: Trial, killed: bool) -> None:
-        """Send everything to the champion, or no longer, before the store knows."""
+    async def kill(self, trial: Trial, killed: bool, owed: Owed) -> None:
+        """Send everything to the champion, or no longer; then it is written down, when the store is there."""
         trial.tuning = msgspec.structs.replace(trial.tuning, kill=killed)
+        # Before anything is waited for: what others have set must not undo it.
+        self.ledger.owe(owed)
         if trial.release.state == "running":
             await self.route(trial)
+        await self.ledger.hurry()
 
     async def arranged(self, release: Release) -> Arranged:
         """A release as the supervisor serves it, its bundle at hand. Raises what asking for it raises."""
@@ -553,7 +569,8 @@ class Controller:
         """Write down that a release is on a step, with what its judge begins with."""
         release, known, fence = trial.release, _encoded(judge), trial.lease
         after = await self.ask(
-            lambda state: state.advance(release, step, by=by, why=why, judge_state=known, fence=fence)
+            lambda state: state.advance(release, step, by=by, why=why, judge_state=known, fence=fence),
+            trial.name,
         )
         if not trial.over:
             trial.on_step(after, judge)
@@ -572,9 +589,9 @@ class Controller:
         await self.ask(lambda state: state.record_verdict(release, record, by=CONTROLLER, fence=fence))
         trial.told = verdict.decision
 
-    async def ask(self, verb: Callable[[State], _T]) -> _T:
-        """One verb of the store. Raises `StateAway` and what the verb raises."""
-        return await self.ledger.ask(verb)
+    async def ask(self, verb: Callable[[State], _T], about: str = "") -> _T:
+        """One verb of the store: see `Ledger.ask`."""
+        return await self.ledger.ask(verb, about)
 
     def note(self, name: str) -> str:
         """What is not as it should be with the store, for whoever asks about a deployment."""

@@ -7,6 +7,7 @@ What protects callers happens in the fronts first and is written down as soon as
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from parbake.app.state import STATE_FILE, open_state, state_dir
-from parbake.errors import ParbakeError, StateAway
+from parbake.errors import MissingExtra, ParbakeError, StateAway
 from parbake.logs import log
 from parbake.settings import Settings
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 _THREADS: Final = 4
-PAY_S: Final = 1.0
+_PAY_S: Final = 1.0
 """How long a rollback waits, at most, for what has just happened to be written down; it goes on behind that."""
 
 
@@ -63,7 +64,8 @@ class Ledger:
     def is_there(self) -> bool:
         """Whether there is a store to open, as far as one can say without opening it."""
         settings = self._settings
-        return bool(settings.release.store) or (state_dir(settings) / STATE_FILE).exists()
+        # Not `Path.exists`, which raises where the folder must not be looked into.
+        return bool(settings.release.store) or os.path.exists(state_dir(settings) / STATE_FILE)
 
     async def open(self, *, create: bool = True) -> None:
         """Open it, if it is not. Raises as `open_state`."""
@@ -73,12 +75,17 @@ class Ledger:
             try:
                 self._state = await self._in_thread(lambda: open_state(self._settings, create=create))
             except StateAway as error:
-                self._is_away(error)
+                if self.is_there:
+                    # What cannot be made, and never was, is not away.
+                    self._is_away(error)
                 raise
             self._is_back()
 
-    async def ask(self, verb: Callable[[State], _T]) -> _T:
-        """One verb of the store, in a thread: it may wait. Raises `StateAway` and what the verb raises."""
+    async def ask(self, verb: Callable[[State], _T], about: str = "") -> _T:
+        """One verb of the store, in a thread: it may wait. Raises `StateAway` and what the verb raises.
+
+        ``about`` is the deployment of which it writes down what happened last.
+        """
         if self._state is None:
             await self.open()
         state = self._state
@@ -89,11 +96,20 @@ class Ledger:
             self._is_away(error)
             raise
         self._is_back()
+        self.lost.pop(about, None)
         return answer
 
-    async def note(self, owed: Owed, wait_s: float = PAY_S) -> None:
-        """Write something down, now or when the store is back. Raises nothing, and waits for so long at most."""
+    def owe(self, owed: Owed) -> None:
+        """Have something written down some time, behind what is owed already."""
         self._owed.append(owed)
+
+    async def note(self, owed: Owed, wait_s: float = _PAY_S) -> None:
+        """Write something down, now or when the store is back. Raises nothing, and waits for so long at most."""
+        self.owe(owed)
+        await self.hurry(wait_s)
+
+    async def hurry(self, wait_s: float = _PAY_S) -> None:
+        """Write down what is owed, now or when the store is back; see `note`."""
         payment = asyncio.get_running_loop().create_task(self.pay())
         self._payments.add(payment)
         payment.add_done_callback(self._payments.discard)
@@ -109,20 +125,23 @@ class Ledger:
             while self._owed:
                 owed = self._owed[0]
                 try:
-                    await self.ask(owed.verb)
-                except StateAway:
-                    return
+                    await self.ask(owed.verb, owed.deployment)
                 except Exception as error:
-                    # It will not be right the next time either, and others wait behind it.
-                    words = error.message if isinstance(error, ParbakeError) else repr(error)
-                    self.lost[owed.deployment] = words
-                    log().error(
-                        "release.not_written", deployment=owed.deployment, what=owed.what, error=words
-                    )
+                    there = self.is_open or self.is_there
+                    if isinstance(error, StateAway) and there:
+                        return
+                    # Without a store, and what it takes to have one, there is no history that lacks it.
+                    if there or not isinstance(error, MissingExtra):
+                        self._lose(owed, error)
                 else:
-                    self.lost.pop(owed.deployment, None)
                     log().info("release.written", deployment=owed.deployment, what=owed.what)
                 self._owed.pop(0)
+
+    def _lose(self, owed: Owed, error: Exception) -> None:
+        # It will not be right the next time either, and others wait behind it.
+        words = error.message if isinstance(error, ParbakeError) else repr(error)
+        self.lost[owed.deployment] = words
+        log().error("release.not_written", deployment=owed.deployment, what=owed.what, error=words)
 
     async def close(self) -> None:
         """Write down what is owed, and close."""

@@ -18,12 +18,12 @@ from parbake.app.gate import judge as ask_gate
 from parbake.app.inventory import keep_waivers
 from parbake.app.ledger import Owed
 from parbake.app.routes import RouteChange, RouteStatus
-from parbake.app.trial import Trial, Tuning, tuned, tuning_of
+from parbake.app.trial import Trial, Tuning, insist, tuned, tuning_of
 from parbake.errors import Conflict, GateRefused, InvalidInput, LeaseLost, NotFound, StateAway
 from parbake.logs import log
 from parbake.release.gate import GateReport, make_waiver
 from parbake.release.judge import Judge, Margins, Verdict
-from parbake.release.model import Kind, Parameters, Proposal, Release
+from parbake.release.model import OPEN, Kind, Parameters, Proposal, Release
 from parbake.serving.route import Watch
 from parbake.settings import REGISTERED
 
@@ -184,7 +184,7 @@ class Releases:
             if report.waivers:
                 await self._controller.ask(lambda state: keep_waivers(state, name, wanted.version, report))
             release = await self._controller.ask(
-                lambda state: state.begin_release(proposal, by=by, why=wanted.why)
+                lambda state: state.begin_release(proposal, by=by, why=wanted.why), name
             )
             trial = Trial.of(release, champion.version)
             try:
@@ -241,7 +241,7 @@ class Releases:
             left = self._supervisor.default_entry(name).version
             try:
                 release = await self._controller.ask(
-                    lambda state: state.roll_back(name, to=back.to, by=by, why=why)
+                    lambda state: state.roll_back(name, to=back.to, by=by, why=why), name
                 )
             except Conflict as error:
                 if trial is not None or not self._supervisor.has_route(name):
@@ -315,16 +315,16 @@ class Releases:
         status = await self._supervisor.set_route(name, change)
         by, at = change.by or CONTROLLER, time.time()
         details = {"revision": status.revisions[-1].revision, "route": msgspec.to_builtins(status.route)}
-
-        late = bool(self._controller.ledger.away_since)
+        away = bool(self._controller.ledger.away_since)
 
         def write(state: State) -> None:
-            nonlocal late
+            nonlocal away
             why = change.why
-            if late or time.time() - at > _LATE_S:
+            if away or time.time() - at > _LATE_S:
                 moment = time.strftime("%H:%M:%S", time.gmtime(at))
-                why = f"{why} (at {moment} UTC, while the store was away)".lstrip()
-            late = True
+                why = f"{why} (at {moment} UTC{', while the store was away' if away else ''})".lstrip()
+            # It is tried again where the store is away only.
+            away = True
             state.record_change("route", name, by=by, why=why, details=details)
 
         # It is in force; making the store takes its time.
@@ -334,26 +334,36 @@ class Releases:
     async def _kill(self, trial: Trial, change: RouteChange) -> RouteStatus:
         """The kill switch of a route that belongs to a release; the next step would undo what is done by hand."""
         name = trial.name
-        if change.killed is None:
+        if change.killed is None or change.route is not None or change.remove:
             raise Conflict(
                 f"version {trial.version!r} of {name!r} is being released, and the route is that of the release",
                 hint=f"parbake route {name} --kill sends everything to the champion; parbake rollback {name} ends it",
             )
-        number = (await self._supervisor.route(name)).revisions[-1].revision
-        if change.revision not in (None, number):
+        route = self._supervisor.in_force(name)
+        if route is None:
             raise Conflict(
-                f"the route of {name!r} is at revision {number}, not {change.revision}",
+                f"the release of version {trial.version!r} of {name!r} has no route yet",
+                hint=f"parbake release {name} shows how it stands; parbake rollback {name} ends it",
+            )
+        if change.revision not in (None, route.revision):
+            raise Conflict(
+                f"the route of {name!r} is at revision {route.revision}, not {change.revision}",
                 hint=f"parbake route {name} shows it",
             )
-        await self.tune(name, TuningChange({"kill": change.killed}, change.by, change.why))
+        await self._switch(trial, TuningChange({"kill": change.killed}, change.by, change.why))
         return msgspec.structs.replace(await self._supervisor.route(name), note=self._controller.note(name))
 
     async def tune(self, name: str, change: TuningChange) -> ReleaseStatus:
         """Change parameters while it serves: see `Tuning`. Raises `Conflict`, `SettingsError`, `ModelNotFound`.
 
-        Where the store is away the kill switch takes effect all the same, and is written down later; else it raises
-        `StateAway`.
+        The kill switch takes effect at once, whatever the store does, and is written down as soon as it can be; else
+        it raises `StateAway` where the store is away.
         """
+        trial = self._controller.trials.get(name)
+        if trial is not None and set(change.values) == {"kill"}:
+            # Not behind the lock: somebody who has it may wait for the store.
+            await self._switch(trial, change)
+            return self._status(trial)
         async with self._controller.lock(name):
             self._supervisor.default_entry(name)
             trial = self._controller.trials.get(name)
@@ -368,25 +378,53 @@ class Releases:
                 # Another server may try a version that this one does not know of yet.
                 under_way = state.releases(name, under_way=True)
                 number = under_way[-1].id if under_way else 0
+                if trial is not None and number != trial.release.id:
+                    raise Conflict(
+                        f"the release of version {trial.version!r} of {name!r} was ended by somebody else",
+                        hint=f"parbake history {name} shows by whom",
+                    )
                 values = tuned(now, number, change.values)
                 if trial is not None:
                     # What cannot be a margin is refused before it stands in the history.
                     tuning_of(Parameters(name, 0, values), number).margins(trial.judge.margins)
+                if values == now.values:
+                    return now
                 return state.set_parameters(name, values, after=now.version, by=by, why=change.why)
 
-            try:
-                parameters = await self._controller.ask(write)
-            except StateAway:
-                if trial is None or trial.over or set(change.values) != {"kill"}:
-                    raise
-                await self._controller.kill(trial, bool(change.values["kill"]))
-                log().warning("release.killed", deployment=name, by=by, **change.values)
-                await self._controller.ledger.note(Owed(name, "the kill switch was used", write))
-                return self._status(trial)
-            log().info("release.tuned", deployment=name, by=by, **change.values)
             if trial is not None:
-                await self._controller.tune(trial, parameters)
+                await self._controller.tune(trial, write, name)
+            else:
+                await self._controller.ask(write, name)
+            log().info("release.tuned", deployment=name, by=by, **change.values)
         return await self.status(name)
+
+    async def _switch(self, trial: Trial, change: TuningChange) -> None:
+        """The kill switch: in force first, then written down, some time."""
+        name, number, by = trial.name, trial.release.id, change.by or CONTROLLER
+        killed = tuning_of(
+            Parameters(name, 0, tuned(Parameters(name, 0, {}), number, change.values)), number
+        ).kill
+        if trial.going_live:
+            raise Conflict(
+                f"version {trial.version!r} of {name!r} is just going live",
+                hint=f"parbake rollback {name} sends everything to the version before",
+            )
+
+        def put(state: State) -> None:
+            now = state.parameters(name)
+            values = tuned(now, number, change.values)
+            if values != now.values:
+                state.set_parameters(name, values, after=now.version, by=by, why=change.why)
+
+        def write(state: State) -> None:
+            if state.release(number).state in OPEN:
+                insist(lambda: put(state))
+
+        await self._controller.kill(trial, killed, Owed(name, "the kill switch was used", write))
+        if killed:
+            log().warning("release.killed", deployment=name, by=by)
+        else:
+            log().info("release.tuned", deployment=name, by=by, **change.values)
 
     async def status(self, name: str) -> ReleaseStatus:
         """How the release of a deployment stands. Raises `ModelNotFound`, `Conflict` where there never was one."""
@@ -479,9 +517,16 @@ class Releases:
 
     def _status(self, trial: Trial, gate: GateReport | None = None, seconds: float = 0.0) -> ReleaseStatus:
         release, proposal = trial.release, trial.release.proposal
+        share = release.share
+        if (
+            proposal.kind == "bandit"
+            and (route := self._supervisor.in_force(proposal.deployment)) is not None
+        ):
+            # It has moved to what was earned.
+            share = next((arm.weight for arm in route.arms if arm.version == proposal.version), share)
         answers = proposal.version if release.state == "live" else trial.champion
         return ReleaseStatus(
-            proposal.deployment, proposal.version, answers, release.state, proposal.kind, release.share,
+            proposal.deployment, proposal.version, answers, release.state, proposal.kind, share,
             release.step, proposal.steps, release.changed, trial.verdict, _requests(trial.judge), trial.champion,
             gate, seconds,
             trial.lease is not None, trial.tuning, self._controller.note(proposal.deployment),

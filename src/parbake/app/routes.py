@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -23,8 +24,8 @@ from parbake.serving.routed import Role, Routed, Told
 from parbake.serving.service import ServedVersion
 from parbake.serving.shadow import ShadowCounts, Shadows
 
-_LEAST_CHANGE: Final = 0.01
-"""Change of a weight for which a bandit's route is not changed."""
+_PARTS: Final = 50
+"""A bandit's weights are whole parts of so many for each version, or its route would change with every label."""
 _KEPT: Final = 100
 """Revisions of a route that are remembered."""
 
@@ -330,15 +331,19 @@ def _moment(text: str) -> float:
 
 
 def rebalanced(route: Route, rewards: Mapping[str, tuple[float, float]]) -> Route | None:
-    """A bandit's route with weights by what its versions have earned; None where they would hardly differ.
+    """A bandit's route with weights by what its versions have earned, whatever they were; None where they are so.
 
-    ``rewards``: see `parbake.serving.route.bandit_weights`.
+    Servers that know of the same rewards so share keys out alike. ``rewards``: see
+    `parbake.serving.route.bandit_weights`.
     """
     weights = bandit_weights({arm.version: rewards.get(arm.version, (0.0, 0.0)) for arm in route.arms})
-    if all(abs(weights[arm.version] - arm.weight) < _LEAST_CHANGE for arm in route.arms):
-        return None
-    arms = tuple(Arm(version, weight) for version, weight in weights.items())
-    return msgspec.structs.replace(route, arms=arms)
+    # Up: who is hardly ever the best one is still asked now and then. The best one has the rest.
+    whole = _PARTS * len(weights)
+    parts = {version: math.ceil(round(whole * weight, 6)) for version, weight in weights.items()}
+    best = max(weights, key=weights.__getitem__)
+    parts[best] += whole - sum(parts.values())
+    arms = tuple(Arm(version, part / whole) for version, part in parts.items())
+    return None if arms == route.arms else msgspec.structs.replace(route, arms=arms)
 
 
 def added(

@@ -91,7 +91,7 @@ from parbake.runtime import cpu, memory
 from parbake.runtime.confine import Confinement
 from parbake.runtime.observation import Bins
 from parbake.runtime.pool import Runner, RunnerPool, end_process
-from parbake.serving.route import Watch, check_watch
+from parbake.serving.route import Route, Watch, check_watch
 from parbake.settings import (
     DEADLINE_MS,
     DEFAULT_ANSWER,
@@ -562,12 +562,17 @@ class Supervisor:
 
     def has_route(self, name: str) -> bool:
         """Whether a route is in force."""
-        return self._routes.get(name) is not None
+        return self.in_force(name) is not None
+
+    def in_force(self, name: str) -> Route | None:
+        """The route in force, without what came of it."""
+        return self._routes.get(name)
 
     async def set_route(self, name: str, change: RouteChange) -> RouteStatus:
         """Change how the requests of a deployment are shared out; in force in all fronts when this returns.
 
-        Nothing is loaded, and no request fails. Raises `ModelNotFound`, `Conflict`, `InvalidInput`.
+        Nothing is loaded, and no request fails. What is given back ends with this change, whatever others do
+        meanwhile. Raises `ModelNotFound`, `Conflict`, `InvalidInput`.
         """
         async with self._lock:
             self._refuse_if_stopping()
@@ -584,10 +589,11 @@ class Supervisor:
                 change = msgspec.structs.replace(change, route=msgspec.structs.replace(route, watch=watch))
             revision = self._routes.plan(name, change, contracts)
             self._routes.enter(name, revision)
+            revisions = self._routes.revisions(name)
             self._labels.watch(self._routes.in_force)
             await self._tell_all(UseRoutes(self._routes.in_force))
             log().info("route.changed", deployment=name, revision=revision.revision)
-        return await self.route(name)
+        return msgspec.structs.replace(await self.route(name), route=revision.route, revisions=revisions)
 
     async def _with_bins(self, watch: Watch, bundle: StoredBundle) -> Watch:
         """A watch with bins by the champion's goldens, which are read once: later its folder may be gone."""

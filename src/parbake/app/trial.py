@@ -64,7 +64,7 @@ class Tuning(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True
 
 
 _TRIES: Final = 5
-"""How often an end is written down where somebody else writes at the same time."""
+"""How often something is written down where somebody else writes at the same time."""
 _FOR_ALL = ("hold",)
 """What holds for later releases of the deployment too."""
 _RELEASE = "release"
@@ -120,6 +120,8 @@ class Trial:
     """Version of the parameters that are in force."""
     routed: Route | None = None
     """The route that was put in force last."""
+    going_live: bool = False
+    """It is being put in the champion's place: its route ends."""
     over: bool = False
     """It is being ended: whoever was in the middle of something with it leaves it."""
 
@@ -241,17 +243,19 @@ class Trial:
             now = state.remember(now, known)
             state.finish(now, "rolled_back" if now.state == "running" else "aborted", by=by, why=why)
 
-        def write(state: State) -> None:
-            for _ in range(_TRIES - 1):
-                try:
-                    end(state)
-                    return
-                except Conflict:
-                    # Whoever judges wrote down just then what it knows: read it again.
-                    continue
-            end(state)
+        # Whoever judges may write down just then what it knows.
+        return lambda state: insist(lambda: end(state))
 
-        return write
+
+def insist(do: Callable[[], None]) -> None:
+    """Do what reads and writes, again where somebody else wrote in between. Raises `Conflict` where that goes on."""
+    for _ in range(_TRIES - 1):
+        try:
+            do()
+            return
+        except Conflict:
+            continue
+    do()
 
 
 def record_of(verdict: Verdict) -> VerdictRecord:

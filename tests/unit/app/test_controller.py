@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,12 +13,21 @@ import pytest
 
 from parbake.app.controller import Controller
 from parbake.app.plan import PlanEntry
-from parbake.app.releases import Back, Releases, Wanted
+from parbake.app.releases import Back, Releases, TuningChange, Wanted
 from parbake.app.routes import RouteChange, RouteStatus
 from parbake.app.state import STATE_FILE
 from parbake.app.supervisor import Arranged, Supervisor
 from parbake.app.trial import Trial
-from parbake.errors import BundleMissing, Conflict, InvalidInput, ModelNotFound
+from parbake.errors import (
+    BundleMissing,
+    Conflict,
+    InvalidInput,
+    ModelNotFound,
+    ParbakeError,
+    SettingsError,
+    StateAway,
+    StateTorn,
+)
 from parbake.release.database import Database, open_database
 from parbake.release.model import Proposal, Release
 from parbake.serving.route import Route
@@ -77,6 +87,9 @@ class Fronts:
         else:
             self.routes[name] = change.route
         return await self.route(name)
+
+    def in_force(self, name: str) -> Route | None:
+        return self.routes.get(name)
 
     async def route(self, name: str) -> RouteStatus:
         return RouteStatus(name, self.routes.get(name))
@@ -261,3 +274,142 @@ def _due(trial: Trial) -> Trial:
     trial.verdict = trial.judge.verdict()
     trial.told = trial.verdict.decision
     return trial
+
+
+class Unsteady:
+    """A store that can be away, hang, or have somebody else write to it first."""
+
+    def __init__(self, state: Database) -> None:
+        self._state = state
+        self.error: ParbakeError | None = None
+        self.waits = threading.Event()
+        self.waits.set()
+        self.first: dict[str, Callable[[], object]] = {}
+        """By verb: what somebody else does before it, once."""
+
+    def __getattr__(self, verb: str) -> Any:
+        self.waits.wait(PATIENCE_S)
+        if self.error is not None:
+            raise self.error
+        self.first.pop(verb, lambda: None)()
+        return getattr(self._state, verb)
+
+
+async def unsteady(controller: Controller, state: Database) -> Unsteady:
+    """The store of a server that tries version 2 of a, from now on not to be relied on."""
+    await controller.ledger.open()
+    store = Unsteady(state)
+    cast("Any", controller.ledger)._state = store
+    await controller.join("a")
+    return store
+
+
+KILL = RouteChange(killed=True, by="ada")
+
+
+def test_the_kill_switch_stays_on_whoever_changes_parameters_meanwhile(
+    fronts: Fronts, state: Database
+) -> None:
+    release = canary(state, "a", "2")
+
+    def tune(after: int, **values: Any) -> None:
+        """Somebody else does, on another server."""
+        state.set_parameters("a", {"release": release.id, **values}, after=after, by="bob")
+
+    async def test(controller: Controller) -> None:
+        store = await unsteady(controller, state)
+        trial = controller.trials["a"]
+        store.error = StateAway("it is away")
+        assert "will be written down" in (await Releases(controller).set_route("a", KILL)).note
+        assert fronts.routes["a"].killed
+        store.error = None
+        tune(0, p99=3.0)
+        await controller._tend(trial)
+        assert fronts.routes["a"].killed
+        # And once more while it is written down.
+        store.first["set_parameters"] = lambda: tune(1, p99=4.0)
+        await controller.ledger.pay()
+        assert state.parameters("a").values == {"release": release.id, "p99": 4.0, "kill": True}
+        assert controller.note("a") == ""
+        await controller._tend(trial)
+        assert fronts.routes["a"].killed
+        assert (trial.tuning.kill, trial.tuning.p99) == (True, 4.0)
+        # Again, which changes nothing.
+        await Releases(controller).set_route("a", KILL)
+        assert state.parameters("a").version == 3
+
+    controlled(fronts, test)
+
+
+def test_the_kill_switch_waits_for_nobody(fronts: Fronts, state: Database) -> None:
+    canary(state, "a", "2")
+
+    async def test(controller: Controller) -> None:
+        releases, store = Releases(controller), await unsteady(controller, state)
+        async with controller.lock("a"):
+            # Whoever has the lock waits for the store, which hangs.
+            store.waits.clear()
+            killing = asyncio.create_task(releases.tune("a", TuningChange({"kill": True})))
+            try:
+                while not fronts.routes["a"].killed:
+                    await asyncio.sleep(0.01)
+            finally:
+                store.waits.set()
+            assert (await killing).tuning.kill
+        store.error = StateTorn("it is damaged")
+        assert "it is damaged" in (await releases.tune("a", TuningChange({"kill": False}))).note
+        assert not fronts.routes["a"].killed
+        # What was lost is of no interest any more once something is written.
+        store.error = None
+        assert (await releases.tune("a", TuningChange({"hold": True}))).note == ""
+        with pytest.raises(SettingsError):
+            await releases.tune("a", TuningChange({"kill": 5}))
+
+    controlled(fronts, test)
+
+
+def test_the_kill_switch_of_a_release_that_ended_elsewhere_is_not_written_down(
+    fronts: Fronts, state: Database
+) -> None:
+    release = canary(state, "a", "2")
+
+    async def test(controller: Controller) -> None:
+        store = await unsteady(controller, state)
+        store.error = StateAway("it is away")
+        await Releases(controller).set_route("a", KILL)
+        store.error = None
+        state.finish(state.release(release.id), "rolled_back", by="bob")
+        await controller.ledger.pay()
+        assert not controller.ledger.owes("a")
+        assert controller.note("a") == ""
+        assert state.parameters("a").version == 0
+        with pytest.raises(Conflict, match="ended by somebody else"):
+            await Releases(controller).tune("a", TuningChange({"p99": 5.0}))
+
+    controlled(fronts, test)
+
+
+def test_a_release_without_a_route_has_no_kill_switch_there(fronts: Fronts, state: Database) -> None:
+    begun = state.begin_release(proposal("a", "2", kind="canary", steps=(0.1, 1.0)), by="bob")
+
+    async def test(controller: Controller) -> None:
+        releases, store = Releases(controller), await unsteady(controller, state)
+        with pytest.raises(Conflict, match="has no route yet"):
+            await releases.set_route("a", KILL)
+        # Its own switch has it begin without any requests.
+        assert (await releases.tune("a", TuningChange({"kill": True}))).tuning.kill
+        state.advance(begun, 0, by="bob")
+        await controller._tend(controller.trials["a"])
+        assert fronts.routes["a"].killed
+        # What is going live cannot wait.
+        store.waits.clear()
+        live = asyncio.create_task(controller.finish(controller.trials["a"], "ada"))
+        try:
+            await asyncio.sleep(0)
+            with pytest.raises(Conflict, match="going live"):
+                await releases.tune("a", TuningChange({"kill": False}))
+        finally:
+            store.waits.set()
+            await asyncio.gather(live, return_exceptions=True)
+
+    controlled(fronts, test)

@@ -12,6 +12,7 @@ import pytest
 from parbake.app.ledger import Ledger, Owed
 from parbake.app.state import STATE_FILE
 from parbake.app.trial import Trial
+from parbake.errors import MissingExtra
 from parbake.release.database import Database, open_database
 from parbake.release.judge import Decision, Verdict
 from parbake.release.model import Proposal, Release
@@ -94,6 +95,28 @@ def test_what_cannot_be_written_does_not_stand_in_the_way_of_what_can(
 
     asyncio.run(test())
     assert state.release(release.id).state == "rolled_back"
+
+
+def test_a_store_that_cannot_be_made_is_not_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+
+    async def test() -> None:
+        ledger = Ledger(Settings(server=ServerSettings(state_dir=str(tmp_path / "file"))))
+        await ledger.note(Owed("eta", "its route was changed", lambda state: None))
+        assert not ledger.away_since
+        assert not ledger.owes("eta")
+        assert "cannot be opened" in ledger.lost.pop("eta")
+        # Who cannot have a store lacks nothing.
+        monkeypatch.setattr("parbake.app.ledger.open_state", missing)
+        await ledger.note(Owed("eta", "its route was changed", lambda state: None))
+        assert not ledger.owes("eta")
+        assert not ledger.lost
+        await ledger.close()
+
+    def missing(*_: object, **__: object) -> None:
+        raise MissingExtra("SQLAlchemy", "release")
+
+    asyncio.run(test())
 
 
 def test_a_verdict_is_about_one_step_only(state: Database) -> None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -251,5 +252,17 @@ def test_a_bandit_moves_to_whoever_earns_more_and_stays_where_nothing_changes() 
     changed = rebalanced(bandit, labels.rewards("eta"))
     assert changed is not None
     assert changed.arms[1].weight > 0.99
+    # Whatever the weights are, servers that have learned the same share keys out alike.
+    rewards = {"1": (40.0, 60.0), "2": (46.0, 54.0)}
+    learned = {
+        rebalanced(route(weight, kind="bandit", watch=bandit.watch), rewards) for weight in (0.5, 0.205, 0.9)
+    }
+    assert len(arms := {one and one.arms for one in learned}) == 1, arms
+    assert rebalanced(msgspec.structs.replace(bandit, arms=arms.pop()), rewards) is None
+    # Many of them, each as good as the others, add up all the same.
+    many = msgspec.structs.replace(bandit, arms=tuple(Arm(str(n), 1 / 16) for n in range(16)))
+    shared = rebalanced(many, {})
+    assert shared is not None
+    assert all(abs(arm.weight - 1 / 16) < 0.02 for arm in shared.arms)
     with pytest.raises(ValueError, match="a bandit needs labels"):
         route(0.5, kind="bandit")
