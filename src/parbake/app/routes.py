@@ -42,6 +42,15 @@ class Observed(Struct, frozen=True):
     observation: Observation
 
 
+def share_of(route: Route | None, version: str, last: str) -> float:
+    """Share of the requests that name no version which go to a version; without a route ``last`` has all."""
+    if route is None:
+        return float(version == last)
+    if route.killed:
+        return float(version == route.champion)
+    return sum(arm.weight for arm in route.arms if arm.version == version)
+
+
 class RouteCounts(Struct, frozen=True):
     """What came of the routes in one front, or in all."""
 

@@ -68,6 +68,7 @@ from parbake.app.routes import (
     added,
     default_watch,
     rebalanced,
+    share_of,
 )
 from parbake.app.routes import add_counts as add_route_counts
 from parbake.app.wiring import TableFacts, front_count, open_table, table_facts
@@ -203,6 +204,8 @@ class VersionStatus(Struct, frozen=True):
     """Of those, how often it was put away again for want of memory."""
     last_request: float = 0.0
     """Unix time of the last request since the start; 0 for none."""
+    share: float = 1.0
+    """Of the requests that name no version: what the route gives it; without a route the last version has all."""
 
 
 class Status(Struct, frozen=True):
@@ -1520,6 +1523,7 @@ class Supervisor:
         counted = {(v.name, v.version): v for v in counts.versions} if counts else {}
         autos = {(t.name, t.version) for t in self._targets if t.auto}
         versions: list[VersionStatus] = []
+        last = {entry.name: entry.version for entry in self._plan.entries}
         for entry in self._plan.entries:
             model = self._rooms.model(entry)
             room_pid = model.room.pid if model is not None and model.state == "loaded" else None
@@ -1559,6 +1563,7 @@ class Supervisor:
                     model.loads if model is not None else 0,
                     model.evictions if model is not None else 0,
                     mine.counts.last_ms / 1000 if mine else 0.0,
+                    share_of(self._routes.get(entry.name), entry.version, last[entry.name]),
                 )
             )
         return Status(

@@ -14,9 +14,11 @@ if TYPE_CHECKING:
     from parbake.app.follow import Following
     from parbake.app.supervisor import Status, VersionStatus
 
+_SHARE = "traffic"
 _TITLES = (
     "model",
     "version",
+    _SHARE,
     "mode",
     "digest",
     "table rows",
@@ -28,7 +30,7 @@ _TITLES = (
     "restarts",
     "owner",
 )
-_NUMBERS = ("table rows", "learned", "requests", "baked", "errors", "restarts")
+_NUMBERS = (_SHARE, "table rows", "learned", "requests", "baked", "errors", "restarts")
 _DIGEST = len("sha256:") + 12
 
 
@@ -39,7 +41,8 @@ def command(port: int | None, admin_url: str, token: str, as_json: bool) -> None
     """Show what a running server serves, since when, in which processes, and what it was asked.
 
     Requests, errors and restarts are counted since the start of the server; "learned" is what hybrid mode keeps by
-    itself now, "baked" the share of rows that were answered without the model.
+    itself now, "baked" the share of rows that were answered without the model. "traffic" is what a version gets of the
+    requests that name none, where there are several; parbake release and parbake route say more.
     """
     from parbake.transports import client
 
@@ -69,7 +72,12 @@ def show(status: Status, now: float) -> None:
         )
     if status.versions:
         emit()
-        emit_table([_row(version, now) for version in status.versions], _TITLES, numbers=_NUMBERS)
+        # Where no deployment has several versions there is nothing to share out.
+        several = any(version.share < 1 for version in status.versions)
+        left_out = None if several else _TITLES.index(_SHARE)
+        rows = [_row(version, now) for version in status.versions]
+        table = [[cell for at, cell in enumerate(row) if at != left_out] for row in (_TITLES, *rows)]
+        emit_table(table[1:], table[0], numbers=_NUMBERS)
     if status.following:
         emit()
         for following in status.following:
@@ -97,6 +105,7 @@ def _row(version: VersionStatus, now: float) -> tuple[str, ...]:
     return (
         version.name,
         version.version,
+        f"{100 * version.share:.3g} %",
         f"{version.mode} (auto)" if version.auto else version.mode,
         version.digest[:_DIGEST],
         table,

@@ -23,6 +23,7 @@ from parbake.app.routes import (
     rebalanced,
     rule_of,
     shadow_of,
+    share_of,
     weights_of,
 )
 from parbake.contract.model import Contract, TensorSpec
@@ -266,3 +267,12 @@ def test_a_bandit_moves_to_whoever_earns_more_and_stays_where_nothing_changes() 
     assert all(abs(arm.weight - 1 / 16) < 0.02 for arm in shared.arms)
     with pytest.raises(ValueError, match="a bandit needs labels"):
         route(0.5, kind="bandit")
+
+
+def test_a_share_is_what_the_route_gives_and_without_one_the_last_version_has_all() -> None:
+    route = Route("eta", "1", (Arm("1", 0.75), Arm("3", 0.25)), shadows=(Shadow("2"),))
+    shares = [
+        [share_of(one, version, "3") for version in "123"]
+        for one in (None, route, replace(route, killed=True))
+    ]
+    assert shares == [[0, 0, 1], [0.75, 0, 0.25], [1, 0, 0]]

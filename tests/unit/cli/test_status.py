@@ -75,3 +75,10 @@ def test_each_version_has_a_line(capsys: pytest.CaptureFixture[str]) -> None:
         ["small", "1", "dynamic", digest, "-", "-", "0", "-", "0", "fronts", "0", end],
     ]
     assert lines[-1] == "not loaded: gone"
+
+
+def test_of_several_versions_it_is_said_who_answers(capsys: pytest.CaptureFixture[str]) -> None:
+    versions = (version("eta", version="1", share=0.8), version("eta", version="2", share=0.2))
+    show(Status(7, 3, 1000.0 - 7200, (8, 9), 1, None, (), versions), 1000.0)
+    told = [line.split()[:3] for line in capsys.readouterr().out.splitlines()[3:]]
+    assert told == [["model", "version", "traffic"], ["eta", "1", "80"], ["eta", "2", "20"]]
