@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -255,7 +256,7 @@ def test_jobs_are_counted(server: Server) -> None:
 @contextmanager
 def alone(folder: Path, bundles: Sequence[Path], **options: object) -> Iterator[Server]:
     """A server with one front and a queue of its own."""
-    settings = {"workers": 1, "state_dir": folder / "state", "job_lease_s": 0.5, **options}
+    settings: dict[str, Any] = {"workers": 1, "state_dir": folder / "state", "job_lease_s": 0.5, **options}
     with serving(*bundles, **settings) as running:
         yield running
 
@@ -328,7 +329,8 @@ def test_limits_refuse_by_name_and_results_are_removed_in_time(tmp_path: Path, b
         for url in (*urls, other):
             assert result(call, url).status == 200
         for url in (*urls, other):
-            wait_for(lambda url=url: call(f"{url}/result").status == 404)
+            while call(f"{url}/result").status != 404:
+                time.sleep(0.02)
     with alone(tmp_path, bundles, jobs_waiting=0) as server, Call(server.url) as call:
         # Nobody has to do as is preferred.
         done = call(SLOW, infer((1, 1)), ASYNC)
