@@ -23,7 +23,7 @@ from msgspec import Struct
 
 from parbake.errors import Conflict, JobCancelled, JobDead, JobNotFound, Overloaded, ParbakeError
 from parbake.logs import log
-from parbake.queue.model import Claim, Job, NewJob, Options, Reply, Request
+from parbake.queue.model import Claim, Depth, Job, NewJob, Options, Reply, Request
 from parbake.queue.ports import JobStore
 from parbake.queue.service import Again, Answered, judge, share_out
 from parbake.settings import QueueSettings
@@ -37,6 +37,7 @@ _LOOK_S: Final = 1.0
 _POLL_S: Final = 0.2
 """The same while there are jobs, or somebody waits for one."""
 _TIDY_S: Final = 5.0
+_COUNT_S: Final = 0.5
 _AGAIN_S: Final = 1.0
 """Pause after the store could not be used."""
 _SAY_S: Final = 60.0
@@ -124,6 +125,8 @@ class _Looked:
     finished: list[str] = field(default_factory=list)
     due_in_s: float | None = None
     dead: list[str] = field(default_factory=list)
+    untidy: bool = False
+    """Whether there is more to tidy."""
 
 
 class Jobs:
@@ -150,6 +153,8 @@ class Jobs:
         self._running: dict[int, _Running] = {}
         self._watched: dict[str, set[asyncio.Future[None]]] = {}
         self._wake = asyncio.Event()
+        self._turning = asyncio.Lock()
+        self._depths: tuple[list[Depth], int] = ([], 0)
         self._working: asyncio.Task[None] | None = None
         self._draining = False
         self._closed = False
@@ -174,6 +179,11 @@ class Jobs:
     def on(self) -> bool:
         """Whether jobs are taken here."""
         return self._options is not None
+
+    @property
+    def patience_s(self) -> float:
+        """How long a job may stand in front of a model, behind those who wait themselves."""
+        return self._options.give_up_s if self._options is not None else 0.0
 
     # Callers ---------------------------------------------------------------------------------------
 
@@ -265,10 +275,10 @@ class Jobs:
         store = self._found()
         if store is None:
             return None
-        try:
-            depths, size = await self._ask(store.depths)
-        except ParbakeError:
-            depths, size = [], 0
+        # A store that is slow, or away, must not keep the rest from being counted.
+        with suppress(ParbakeError, TimeoutError):
+            self._depths = await asyncio.wait_for(self._ask(store.depths), _COUNT_S)
+        depths, size = self._depths
         return JobCounts(
             {item.deployment: JobDepth(item.queued, item.running, item.oldest_s) for item in depths},
             size,
@@ -282,7 +292,9 @@ class Jobs:
         """Begin nothing more; wait for what is under way, and leave to others what takes longer than half of that."""
         self._draining = True
         self._tell(tuple(self._watched))
-        self._wake.set()
+        # Jobs that are being taken at this moment are left again before anybody lets go of the store.
+        async with self._turning:
+            pass
         end = self._loop.time() + _LEAVE * limit_s
         while self._running and self._loop.time() < end:
             await asyncio.sleep(0.005)
@@ -316,7 +328,8 @@ class Jobs:
     async def _work(self) -> None:
         while True:
             try:
-                pause_s = await self._turn()
+                async with self._turning:
+                    pause_s = await self._turn()
             except ParbakeError as error:
                 self._say(error)
                 pause_s = _AGAIN_S
@@ -350,7 +363,7 @@ class Jobs:
             room = share_out(able, busy, options, alone=only)
         tidies = now - self._tidied >= min(_TIDY_S, options.keep_s / 2, options.give_up_s / 2)
         looked = await self._ask(self._look, store, options, room, tuple(self._watched), tidies)
-        if tidies:
+        if tidies and not looked.untidy:
             self._tidied = now
         for name in looked.dead:
             log().error("job.dead", deployment=name)
@@ -361,7 +374,7 @@ class Jobs:
         if looked.claims and room:
             self._renewed = min(self._renewed, now) if self._running else now
             return 0.0
-        if self._watched or self._running or looked.due_in_s is not None:
+        if self._watched or self._running or looked.untidy or looked.due_in_s is not None:
             return min(_POLL_S, options.lease_s / _RENEWALS)
         return _LOOK_S
 
@@ -369,10 +382,10 @@ class Jobs:
         self, store: JobStore, options: Options, room: dict[str, int], watched: Collection[str], tidies: bool
     ) -> _Looked:
         """What a turn asks of the store, in its thread."""
-        dead = store.tidy(options) if tidies else []
+        dead, untidy = store.tidy(options) if tidies else ([], False)
         free = options.at_once - len(self._running)
         claims = store.claim(room, free, options, idle=not self._running) if room else []
-        return _Looked(claims, store.finished(watched) if watched else [], store.due_in_s(), dead)
+        return _Looked(claims, store.finished(watched) if watched else [], store.due_in_s(), dead, untidy)
 
     def _begin(self, claim: Claim) -> None:
         if self.answer is None or self._draining:

@@ -51,8 +51,11 @@ class JobStore(Protocol):
     def give_up(self, claim: Claim, error: str) -> bool:
         """Let a job be dead."""
 
-    def tidy(self, options: Options) -> list[str]:
-        """Remove results that have been kept long enough, and give up what is due; gives these jobs' deployments."""
+    def tidy(self, options: Options) -> tuple[list[str], bool]:
+        """Remove results that have been kept long enough, and give up what is due, some of it at a time.
+
+        Gives the deployments of the jobs that were given up, and whether there is more to do.
+        """
 
     def finished(self, job_ids: Collection[str]) -> list[str]:
         """Those of the jobs that will not change any more, or are not there."""

@@ -31,6 +31,8 @@ _WAL_BYTES: Final = 16 * 1024 * 1024
 """Size that the log is cut down to."""
 _STEP: Final = 100
 """Jobs that are removed in one transaction."""
+_VACUUM_PAGES: Final = 2000
+"""Pages that are given back to the disk at a time."""
 _RETRY_S: Final = 1.0
 _LOOKED_THROUGH_BYTES: Final = 64 * 1024 * 1024
 """A larger file is not read as a whole when it is opened."""
@@ -221,13 +223,13 @@ class SqliteJobs:
         with self._writing() as (db, now):
             return self._end(db, claim, "dead", now, error=error)
 
-    def tidy(self, options: Options) -> list[str]:
+    def tidy(self, options: Options) -> tuple[list[str], bool]:
         """See `JobStore`."""
         if not self.exists():
-            return []
+            return [], False
         with self._reading() as (db, now):
             if not self._over(db, options, now) and not self._old(db, options, now):
-                return []
+                return [], False
         gone: list[str] = []
         with self._writing() as (db, now):
             for number, deployment, attempts in self._over(db, options, now):
@@ -244,13 +246,12 @@ class SqliteJobs:
                 db.execute("DELETE FROM requests WHERE number = ?", (number,))
                 gone.append(deployment)
             old = self._old(db, options, now)
-            for number in old:
-                db.execute("DELETE FROM replies WHERE number = ?", (number,))
-                db.execute("DELETE FROM jobs WHERE number = ?", (number,))
+            for table in ("replies", "jobs"):
+                db.executemany(f"DELETE FROM {table} WHERE number = ?", [(number,) for number in old])  # noqa: S608
         if old:
             with self._told(writing=True) as db:
-                db.execute("PRAGMA incremental_vacuum").fetchall()
-        return gone
+                db.execute(f"PRAGMA incremental_vacuum({_VACUUM_PAGES})").fetchall()
+        return gone, _STEP in (len(gone), len(old))
 
     def finished(self, job_ids: Collection[str]) -> list[str]:
         """See `JobStore`."""

@@ -101,7 +101,7 @@ def test_a_job_goes_its_way(store: SqliteJobs, moved: Time, tmp_path: Path) -> N
     assert store.reply("job-1") == reply("one")
     assert store.finished(["job-1", "job-2"]) == ["job-1", "job-2"]
     moved.ticks += 999
-    assert store.tidy(OPTIONS) == []
+    assert store.tidy(OPTIONS) == ([], False)
     assert store.reply("job-1") == reply("one")
     moved.ticks += 1
     store.tidy(OPTIONS)
@@ -172,7 +172,7 @@ def test_a_job_that_was_lost_goes_alone(store: SqliteJobs, moved: Time) -> None:
     moved.ticks += 11
     # It was begun as often as may be.
     assert [c.id for c in claim(store, 9, idle=True)] == ["job-2", "job-3"]
-    assert store.tidy(OPTIONS) == ["eta"]
+    assert store.tidy(OPTIONS) == (["eta"], False)
     dead = store.find("job-1")
     assert dead is not None
     assert (dead.state, dead.error) == ("dead", "whoever had it was not heard of again, 3 times")
@@ -207,14 +207,27 @@ def test_an_unanswered_job_is_given_up_in_the_end(store: SqliteJobs, moved: Time
     store.take(new(2), OPTIONS)
     (running,) = claim(store)
     moved.ticks += 4999
-    assert store.tidy(OPTIONS) == []
+    assert store.tidy(OPTIONS) == ([], False)
     assert store.renew([running], 10)
     moved.ticks += 1
-    assert store.tidy(OPTIONS) == ["gone"], "whoever is at work on one may finish it"
+    assert store.tidy(OPTIONS) == (["gone"], False), "whoever is at work on one may finish it"
     told = store.find("job-1")
     assert told is not None
     assert (told.state, told.error) == ("dead", "not answered within 5000 s")
     assert store.finish(running, reply(2), failed=False)
+
+
+def test_many_old_results_are_removed_step_by_step(store: SqliteJobs, moved: Time) -> None:
+    for number in range(150):
+        store.take(new(number, body=bytes(5000)), OPTIONS)
+    for taken in store.claim({"eta": 150}, 150, OPTIONS, idle=True):
+        store.finish(taken, reply(bytes(5000)), failed=False)
+    _, full = store.depths()
+    moved.ticks += 1000
+    assert store.tidy(OPTIONS) == ([], True)
+    assert store.tidy(OPTIONS) == ([], False)
+    assert store.find("job-149") is None
+    assert store.depths()[1] < full / 10
 
 
 def test_only_a_job_that_nobody_is_at_work_on_is_cancelled(store: SqliteJobs, moved: Time) -> None:
@@ -278,7 +291,7 @@ def test_the_wall_clock_may_jump(store: SqliteJobs, moved: Time, tmp_path: Path,
     moved.wall += by_s
     other = SqliteJobs(tmp_path / "deep" / "queue.db", clock=moved.clock())
     for either in (store, other):
-        assert either.tidy(OPTIONS) == []
+        assert either.tidy(OPTIONS) == ([], False)
         assert either.reply(done.id) == reply("kept")
     assert [c.id for c in claim(other, 9)] == ["job-2"]
     moved.ticks += 11
@@ -299,7 +312,7 @@ def test_after_a_restart_of_the_machine_nobody_has_a_job(
     moved.wall += by_s
     other = SqliteJobs(tmp_path / "deep" / "queue.db", clock=moved.clock())
     assert other.reply("job-0") == reply("kept")
-    assert other.tidy(OPTIONS) == []
+    assert other.tidy(OPTIONS) == ([], False)
     assert [c.id for c in claim(other, 9)] == ["job-1"]
     other.close()
 
@@ -421,7 +434,7 @@ class Queue(RuleBasedStateMachine):
     @rule(which=st.integers(0, 1))
     def tidy(self, which: int) -> None:
         before = {job_id for job_id, known in self.known.items() if not known.ended}
-        gone = self.stores[which].tidy(self.options)
+        gone, _ = self.stores[which].tidy(self.options)
         dead = [job_id for job_id in before if self.state(job_id) == "dead"]
         assert len(dead) == len(gone)
         for job_id in dead:

@@ -92,7 +92,9 @@ class PredictionEndpoint:
         size = headers.get(b"inference-header-content-length")
         call = self._codec.read(body, None if size is None else _whole(size))
         # A caller may want it sooner than the deployment promises, never later.
-        limits_s = [max(self._served.deadline_s, exchange.patience_s)]
+        limits_s = [self._served.deadline_s]
+        if exchange.patience_s:
+            limits_s = [max(limits_s[0], exchange.patience_s)]
         if call.timeout_s:
             limits_s.append(call.timeout_s)
         if b"parbake-deadline-ms" in headers:

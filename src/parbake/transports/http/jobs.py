@@ -35,8 +35,6 @@ _KEPT: Final = frozenset(
 )
 """Headers that read the body, or show in the answer. Those that a route goes by are kept too; credentials are not."""
 _OWN: Final = frozenset((b"content-length", b"connection", b"content-type"))
-_PATIENCE_S: Final = 600.0
-"""How long a job may wait in front of a model, behind whoever is there himself."""
 _AGAIN: Final = (b"retry-after", b"1")
 _POST: Final = b"POST"
 
@@ -132,16 +130,20 @@ class JobPages:
         holder = exchange.head.holder or EVERYBODY
         wait_s = 0.0 if exchange.method == b"DELETE" else _wait_s(exchange)
 
+        async def check() -> None:
+            if holder.deployments:
+                check_deployment(holder, (await jobs.find(job_id, owner)).deployment)
+
         async def show() -> None:
-            job = await (
-                jobs.cancel(job_id, owner)
-                if exchange.method == b"DELETE"
-                else jobs.find(job_id, owner, wait_s)
-            )
-            check_deployment(holder, job.deployment)
+            await check()
+            if exchange.method == b"DELETE":
+                job = await jobs.cancel(job_id, owner)
+            else:
+                job = await jobs.find(job_id, owner, wait_s)
             exchange.reply(200, _shown(job), JSON, () if job.finished else (_AGAIN,))
 
         async def result() -> None:
+            await check()
             found = await jobs.result(job_id, owner, wait_s)
             if isinstance(found, Job):
                 exchange.reply(202, _shown(found), JSON, (_AGAIN, (b"location", _url(job_id))))
@@ -166,7 +168,7 @@ class JobPages:
         exchange.protocol, exchange.place, exchange.head = desk, 0, head
         exchange.body = request.body
         exchange.arrived = perf_counter()
-        exchange.patience_s = _PATIENCE_S
+        exchange.patience_s = self._front.jobs.patience_s
         self._answer(exchange)
         return desk.leave
 
