@@ -333,9 +333,13 @@ def test_the_clock_of_this_machine_is_the_same_for_all_processes() -> None:
 class Known:
     """What a test knows of one job."""
 
-    states: set[str] = field(default_factory=lambda: {"queued"})
     answer: Reply | None = None
     ended: str = ""
+    holder: Claim | None = None
+    """Whose it is."""
+    until: float = 0.0
+    """Nobody else's before this time."""
+    tokens: set[int] = field(default_factory=set)
 
 
 class Queue(RuleBasedStateMachine):
@@ -358,19 +362,20 @@ class Queue(RuleBasedStateMachine):
 
     @initialize(which=st.integers(0, 1))
     def begin(self, which: int) -> None:
-        self.take(which, "eta", 0)
+        for _ in range(3):
+            self.take(which, "eta", 0)
 
     @rule(which=st.integers(0, 1), name=st.sampled_from(["eta", "price"]), key=st.integers(0, 4))
     def take(self, which: int, name: str, key: int) -> None:
         number = len(self.known)
-        asked = new(number, name=name, key=str(key) if key else "")
+        asked = new(number, name=name, key=str(key) if key > 2 else "")
         try:
             job, is_new = self.stores[which].take(asked, self.options)
         except Overloaded:
             open_ = [k for k in self.known.values() if not k.ended]
             assert len(open_) >= self.options.waiting
         except Conflict:
-            assert key
+            assert key > 2
         else:
             assert is_new == (job.id not in self.known)
             self.known.setdefault(job.id, Known())
@@ -378,50 +383,63 @@ class Queue(RuleBasedStateMachine):
     @rule(which=st.integers(0, 1), most=st.integers(1, 3), idle=st.booleans())
     def claim(self, which: int, most: int, idle: bool) -> None:
         for taken in self.stores[which].claim(ROOM, most, self.options, idle=idle):
-            assert not self.known[taken.id].ended, "a job that has an end is begun again"
+            known = self.known[taken.id]
+            assert not known.ended, "a job that has an end is begun again"
+            assert known.until <= self.time.ticks, "a job is somebody's, or put off"
+            assert taken.token not in known.tokens
             assert taken.attempts <= self.options.attempts
+            assert idle or not taken.lost
+            known.tokens.add(taken.token)
+            known.holder, known.until = taken, self.time.ticks + self.options.lease_s
             self.claims.append(taken)
 
-    @rule(which=st.integers(0, 1), at=st.integers(0), failed=st.booleans())
+    @rule(which=st.integers(0, 1), most=st.integers(1, 3))
+    def fall_silent(self, which: int, most: int) -> None:
+        self.time.ticks += 11
+        self.claim(which, most, True)
+
+    @rule(which=st.integers(0, 1), at=st.integers(0, 3), failed=st.booleans())
     def finish(self, which: int, at: int, failed: bool) -> None:
         if not self.claims:
             return
-        taken = self.claims[at % len(self.claims)]
+        taken = self.some_claim(at)
         # Whoever computes it gets other bits: one of them is the answer, for good.
         words = reply((taken.id, taken.token))
-        if self.stores[which].finish(taken, words, failed=failed):
+        if self.told(taken, self.stores[which].finish(taken, words, failed=failed)):
             known = self.known[taken.id]
-            assert not known.ended, "a job was answered twice"
             known.answer, known.ended = words, "failed" if failed else "done"
 
-    @rule(which=st.integers(0, 1), at=st.integers(0), counted=st.booleans(), delay_s=st.integers(0, 30))
+    @rule(which=st.integers(0, 1), at=st.integers(0, 3), counted=st.booleans(), delay_s=st.integers(0, 30))
     def put_off(self, which: int, at: int, counted: bool, delay_s: int) -> None:
         if self.claims:
-            taken = self.claims[at % len(self.claims)]
-            assert not (
-                self.stores[which].put_off(taken, delay_s, counted=counted, error="x")
-                and self.known[taken.id].ended
-            )
+            taken = self.some_claim(at)
+            if self.told(taken, self.stores[which].put_off(taken, delay_s, counted=counted, error="x")):
+                self.known[taken.id].until = self.time.ticks + delay_s
 
-    @rule(which=st.integers(0, 1), at=st.integers(0))
+    @rule(which=st.integers(0, 1), at=st.integers(0, 3))
     def give_up(self, which: int, at: int) -> None:
         if self.claims:
-            taken = self.claims[at % len(self.claims)]
-            if self.stores[which].give_up(taken, "x"):
-                assert not self.known[taken.id].ended
+            taken = self.some_claim(at)
+            if self.told(taken, self.stores[which].give_up(taken, "x")):
                 self.known[taken.id].ended = "dead"
 
     @rule(which=st.integers(0, 1), at=st.integers(0))
     def cancel(self, which: int, at: int) -> None:
         job_id = [*self.known][at % len(self.known)]
+        known = self.known[job_id]
         if self.stores[which].cancel(job_id):
-            assert not self.known[job_id].ended
-            self.known[job_id].ended = "cancelled"
+            assert not known.ended
+            assert known.holder is None or known.until <= self.time.ticks, "somebody is at work on it"
+            known.ended, known.holder = "cancelled", None
 
     @rule(which=st.integers(0, 1))
     def renew(self, which: int) -> None:
         held = self.stores[which].renew(self.claims, self.options.lease_s)
-        assert not any(self.known[c.id].ended for c in self.claims if c.number in held)
+        for known in self.known.values():
+            if known.holder is not None:
+                assert known.holder.number in held
+                known.until = self.time.ticks + self.options.lease_s
+        assert len(held) == sum(known.holder is not None for known in self.known.values())
 
     @rule(seconds=st.sampled_from([0.5, 4, 11]))
     def wait(self, seconds: float) -> None:
@@ -438,11 +456,26 @@ class Queue(RuleBasedStateMachine):
         dead = [job_id for job_id in before if self.state(job_id) == "dead"]
         assert len(dead) == len(gone)
         for job_id in dead:
-            self.known[job_id].ended = "dead"
+            known = self.known[job_id]
+            assert known.until <= self.time.ticks
+            known.ended, known.holder = "dead", None
 
     @rule(which=st.integers(0, 1))
     def restart(self, which: int) -> None:
         self.stores[which].close()
+
+    def some_claim(self, at: int) -> Claim:
+        """One of the last claims, of a job without an end if there is one: there, most can go wrong."""
+        claims = [c for c in self.claims if not self.known[c.id].ended] if at else self.claims
+        return (claims or self.claims)[-(at % len(claims or self.claims)) - 1]
+
+    def told(self, taken: Claim, done: bool) -> bool:
+        """Whether it was done, which is for whoever has the job, and nobody else; then he has it no more."""
+        known = self.known[taken.id]
+        assert done == (known.holder is taken)
+        if done:
+            known.holder = None
+        return done
 
     def state(self, job_id: str) -> str:
         (one, two) = (store.find(job_id) for store in self.stores)
@@ -458,7 +491,7 @@ class Queue(RuleBasedStateMachine):
             assert self.stores[0].reply(job_id) == known.answer
 
 
-Queue.TestCase.settings = settings(max_examples=25, stateful_step_count=25)
+Queue.TestCase.settings = settings(max_examples=30, stateful_step_count=25)
 TestQueue = Queue.TestCase
 
 

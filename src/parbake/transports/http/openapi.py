@@ -550,8 +550,8 @@ def _prefer() -> Schema:
     return _parameter(
         "prefer",
         "header",
-        {"type": "string", "enum": ["respond-async"]},
-        "Not to wait for the answer: the request becomes a job, and 202 says where it is.",
+        {"type": "string"},
+        "`respond-async`: not to wait for the answer; the request becomes a job, and 202 says where it is.",
     )
 
 
@@ -559,8 +559,8 @@ def _idempotency() -> Schema:
     return _parameter(
         "idempotency-key",
         "header",
-        {"type": "string", "minLength": 1, "maxLength": LONGEST_KEY},
-        "With `prefer: respond-async`: the same key and request are the same job, however often they are sent.",
+        {"type": "string"},
+        f"With `prefer: respond-async`, {LONGEST_KEY} characters at most: the same key and request are the same job.",
     )
 
 
