@@ -630,6 +630,8 @@ class Front:
     def _able(self) -> tuple[list[str], bool]:
         """Deployments whose versions can answer, and in front of none of which anybody waits; whether it is one."""
         able: list[str] = []
+        if self.draining:
+            return able, False
         for name, versions in self._by_name.items():
             ready = any(served.ready for served in versions)
             if ready and not any(s.batcher is not None and s.batcher.queued_rows for s in versions):
