@@ -51,6 +51,8 @@ _LEAVE: Final = 0.5
 _ID_BYTES: Final = 16
 _ID_CHARACTERS: Final = 22
 
+_BUG: Final = Reply(500, (), b'{"error":"an error of the server","code":"error"}')
+
 Answerer = Callable[[Request, str, Callable[[Reply], None]], Callable[[], None]]
 """Has a request answered as one that came in, for the client of that name, and calls back once, now or later. Gives
 what lets go of it: whatever has not begun by then is not begun."""
@@ -397,7 +399,12 @@ class Jobs:
             if running.settling is None and self._running.get(claim.number) is running:
                 running.settling = self._loop.create_task(self._settle(running, reply))
 
-        running.let_go = self.answer(claim.request, claim.owner, done)
+        try:
+            running.let_go = self.answer(claim.request, claim.owner, done)
+        except Exception:
+            # A bug of ours: one job ends with it, and not all that share its place.
+            log().exception("job.failed", job=claim.id)
+            done(_BUG)
 
     def _spawn_leave(self, claim: Claim) -> None:
         running = self._running[claim.number] = _Running(claim)

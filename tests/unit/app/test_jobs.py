@@ -221,6 +221,26 @@ def test_a_front_that_drains_leaves_what_takes_too_long(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
+def test_a_job_that_cannot_even_be_begun_fails_alone(tmp_path: Path) -> None:
+    async def run() -> None:
+        front = Front(tmp_path / "queue.db")
+
+        def answer(asked: Request, owner: str, done: Callable[[Reply], None]) -> Callable[[], None]:
+            if asked.body == b"bad":
+                raise RuntimeError("a bug")
+            return front.answer(asked, owner, done)
+
+        front.jobs.answer = answer
+        bad, _ = [await front.jobs.take(request(words), "", "") for words in ("bad", "good")]
+        assert await front.have(1) == ["good"]
+        told = await finished(front, bad)
+        assert (told.state, told.status) == ("failed", 500)
+        await front.jobs.drain(0)
+        await front.jobs.close()
+
+    asyncio.run(run())
+
+
 def test_more_than_can_be_written_down_at_a_time_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
