@@ -368,6 +368,19 @@ def test_a_full_disk_refuses_what_does_not_fit_and_loses_nothing(
         assert [result(call, url).json() for url in urls] == [{"y": [6.0, 600.0]}, {"y": [9.0, 6.0]}]
 
 
+def test_where_jobs_are_off_the_preference_is_not_followed(tmp_path: Path, bundles: list[Path]) -> None:
+    with alone(tmp_path, bundles[1:], jobs_waiting=0) as server, Call(server.url) as call:
+        for path, body in (
+            ("/v2/models/quick/infer", infer((1, 2))),
+            ("/predict/quick", b'{"left": 1, "right": 2}'),
+        ):
+            waited, done = call(path, body), call(path, body, ASYNC)
+            assert (done.status, done.body, done.headers) == (200, waited.body, waited.headers)
+        assert call("/v2/jobs/" + "x" * 22).status == 404
+        assert "parbake_jobs" not in call("/metrics").body.decode()
+    assert not (tmp_path / "state").exists()
+
+
 def without_garbage(folder: Path) -> None:
     """Put aside what the first test does, where it has not run."""
     file = folder / "small" / "state" / "queue.db"

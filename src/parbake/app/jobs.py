@@ -354,9 +354,12 @@ class Jobs:
             held = await self._ask(store.renew, claims, options.lease_s)
             self._renewed = now
             for claim in claims:
-                if claim.number not in held and claim.number in self._running:
-                    # Somebody else has it now; what it comes to here will not be kept.
+                if claim.number not in held and (lost := self._running.get(claim.number)) is not None:
+                    # Somebody else has it now, or has answered it; what it comes to here would not be kept.
                     log().warning("job.lost", job=claim.id, deployment=claim.request.deployment)
+                    if lost.settling is None:
+                        lost.let_go()
+                        del self._running[claim.number]
         room: dict[str, int] = {}
         busy = Counter(running.claim.request.deployment for running in self._running.values())
         alone = any(running.claim.lost for running in self._running.values())
@@ -371,10 +374,11 @@ class Jobs:
             log().error("job.dead", deployment=name)
             self._count(name, "dead")
         self._tell(looked.finished)
+        if not self._running:
+            self._renewed = now
         for claim in looked.claims:
             self._begin(claim)
-        if looked.claims and room:
-            self._renewed = min(self._renewed, now) if self._running else now
+        if looked.claims:
             return 0.0
         if self._watched or self._running or looked.untidy or looked.due_in_s is not None:
             return min(_POLL_S, options.lease_s / _RENEWALS)
@@ -385,9 +389,12 @@ class Jobs:
     ) -> _Looked:
         """What a turn asks of the store, in its thread."""
         dead, untidy = store.tidy(options) if tidies else ([], False)
+        finished = store.finished(watched) if watched else []
+        due_in_s = store.due_in_s()
         free = options.at_once - len(self._running)
+        # Last: what is claimed must not be forgotten because something else cannot be read.
         claims = store.claim(room, free, options, idle=not self._running) if room else []
-        return _Looked(claims, store.finished(watched) if watched else [], store.due_in_s(), dead, untidy)
+        return _Looked(claims, finished, due_in_s, dead, untidy)
 
     def _begin(self, claim: Claim) -> None:
         if self.answer is None or self._draining:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -103,6 +105,32 @@ def test_what_a_silent_front_computes_after_all_is_not_kept(tmp_path: Path) -> N
         for front in (one, two):
             assert await front.jobs.result(job.id, "") == Reply(200, (), b"first kept")
             await front.jobs.close()
+
+    asyncio.run(run())
+
+
+def test_a_front_lets_go_of_what_somebody_else_has(tmp_path: Path) -> None:
+    async def run() -> None:
+        front = Front(tmp_path / "queue.db")
+        job = await front.jobs.take(request("a"), "", "")
+        await front.have(1)
+        # It stood still for longer than its lease.
+        other = SqliteJobs(tmp_path / "queue.db")
+        front.able = False
+        with closing(sqlite3.connect(tmp_path / "queue.db")) as db, db:
+            db.execute("UPDATE jobs SET token = token + 1")
+        for _ in range(200):
+            if front.gone:
+                break
+            await asyncio.sleep(0.01)
+        assert front.gone == ["a"]
+        front.reply(0, "late")
+        await asyncio.sleep(0.05)
+        assert (await front.jobs.find(job.id, "")).state == "running"
+        assert other.reply(job.id) is None
+        other.close()
+        await front.jobs.drain(0)
+        await front.jobs.close()
 
     asyncio.run(run())
 
