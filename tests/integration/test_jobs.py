@@ -284,7 +284,7 @@ def test_a_front_that_is_killed_and_a_server_that_stops_lose_nothing(
         late = [post(call, SLOW, infer((i, 700))) for i in range(3)]
         wait_for(lambda: call(late[0]).json()["state"] == "running")
         assert server.stop() == 0
-    with sqlite3.connect(tmp_path / "state" / "queue.db") as db:
+    with sqlite3.connect(tmp_path / "state" / "queue" / "jobs.db") as db:
         states = {f"/v2/jobs/{row[0]}": row[1:] for row in db.execute("SELECT id, state, attempts FROM jobs")}
         (requests,) = db.execute("SELECT count(*) FROM requests").fetchone()
     db.close()
@@ -297,7 +297,7 @@ def test_a_front_that_is_killed_and_a_server_that_stops_lose_nothing(
 @pytest.fixture(scope="module")
 def small(folder: Path, bundles: list[Path]) -> Iterator[Server]:
     """A server with narrow limits, and garbage where the queue is to be."""
-    file = folder / "small" / "state" / "queue.db"
+    file = folder / "small" / "state" / "queue" / "jobs.db"
     file.parent.mkdir(parents=True)
     file.write_bytes(GARBAGE)
     environment = {"XDG_RUNTIME_DIR": str(folder)}
@@ -313,17 +313,17 @@ GARBAGE = b"no database at all" * 1000
 def test_a_queue_that_is_garbage_is_named_and_keeps_nobody_from_being_answered(
     small: Server, folder: Path
 ) -> None:
-    file = folder / "small" / "state" / "queue.db"
+    file = folder / "small" / "state" / "queue" / "jobs.db"
     with Call(small.url) as call:
         path, body = "/v2/models/quick/infer", infer((1, 2))
         for _ in range(2):
             assert answer(call(path, body)) == [3.0, 6.0]
             refused = call(path, body, ASYNC)
             assert (refused.status, refused.json()["code"]) == (503, "queue_torn")
-            assert "put the file aside" in refused.json()["hint"]
+            assert "rename its folder as a whole" in refused.json()["hint"]
         assert call("/metrics").status == 200
         assert file.read_bytes() == GARBAGE
-        file.rename(folder / "aside")
+        file.parent.rename(folder / "aside")
         assert answer(result(call, post(call, path, body))) == [3.0, 6.0]
         assert "jobs.away" in small.log()
 
@@ -356,7 +356,7 @@ def test_a_full_disk_refuses_what_does_not_fit_and_loses_nothing(
     with Call(small.url) as call:
         body = b'{"left": 3, "right": 2}'
         urls = [post(call, "/predict/slow", b'{"left": 3, "right": 300}')]
-        largest = max(file.stat().st_size for file in (folder / "small" / "state").iterdir())
+        largest = max(file.stat().st_size for file in (folder / "small" / "state" / "queue").iterdir())
         before = resource.prlimit(front, resource.RLIMIT_FSIZE)
         resource.prlimit(front, resource.RLIMIT_FSIZE, (largest, before[1]))
         refused = call("/predict/slow", body + b" " * 60_000, ASYNC)
@@ -370,9 +370,9 @@ def test_a_full_disk_refuses_what_does_not_fit_and_loses_nothing(
 
 def without_garbage(folder: Path) -> None:
     """Put aside what the first test does, where it has not run."""
-    file = folder / "small" / "state" / "queue.db"
+    file = folder / "small" / "state" / "queue" / "jobs.db"
     if file.exists() and file.read_bytes()[:9] == GARBAGE[:9]:
-        file.rename(folder / "aside")
+        file.parent.rename(folder / "aside")
 
 
 def test_a_job_is_its_keys_own_and_goes_by_the_route(tmp_path: Path, bundles: list[Path]) -> None:
@@ -401,7 +401,7 @@ def test_a_job_is_its_keys_own_and_goes_by_the_route(tmp_path: Path, bundles: li
         by = [call(f"{u}/result?wait=20", None, {"x-api-key": ann}) for u in (plain, named)]
         assert [noted.headers["parbake-version"] for noted in by] == ["1", "2"]
         assert [noted.json()["outputs"][0]["data"] for noted in by] == [[3.0, 6.0], [5.0, 10.0]]
-    with sqlite3.connect(tmp_path / "state" / "queue.db") as db:
+    with sqlite3.connect(tmp_path / "state" / "queue" / "jobs.db") as db:
         everything = "".join(db.iterdump())
     db.close()
     assert ann not in everything

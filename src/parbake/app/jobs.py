@@ -126,7 +126,8 @@ class _Looked:
     claims: list[Claim] = field(default_factory=list)
     finished: list[str] = field(default_factory=list)
     due_in_s: float | None = None
-    dead: list[str] = field(default_factory=list)
+    dead: list[tuple[str, str]] = field(default_factory=list)
+    """Ids and deployments."""
     untidy: bool = False
     """Whether there is more to tidy."""
 
@@ -354,7 +355,7 @@ class Jobs:
             held = await self._ask(store.renew, claims, options.lease_s)
             self._renewed = now
             for claim in claims:
-                if claim.number not in held and (lost := self._running.get(claim.number)) is not None:
+                if claim.id not in held and (lost := self._running.get(claim.number)) is not None:
                     # Somebody else has it now, or has answered it; what it comes to here would not be kept.
                     log().warning("job.lost", job=claim.id, deployment=claim.request.deployment)
                     if lost.settling is None:
@@ -370,8 +371,8 @@ class Jobs:
         looked = await self._ask(self._look, store, options, room, tuple(self._watched), tidies)
         if tidies and not looked.untidy:
             self._tidied = now
-        for name in looked.dead:
-            log().error("job.dead", deployment=name)
+        for job_id, name in looked.dead:
+            log().error("job.dead", deployment=name, job=job_id)
             self._count(name, "dead")
         self._tell(looked.finished)
         if not self._running:

@@ -16,7 +16,8 @@ DEFAULT_STATE_DIR: Final = ".parbake"
 """Folder of what a server keeps by itself, in the working directory."""
 
 STATE_FILE: Final = "state.db"
-QUEUE_FILE: Final = "queue.db"
+QUEUE_FILE: Final = "queue/jobs.db"
+"""In a folder of its own, which can be renamed in one step with all that belongs to it."""
 
 
 def state_dir(settings: Settings) -> Path:

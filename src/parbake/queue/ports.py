@@ -31,16 +31,20 @@ class JobStore(Protocol):
         """The answer to a job; None while, or where, there is none."""
 
     def cancel(self, job_id: str) -> bool:
-        """Take a job back, if nobody is at work on it; gives whether it was."""
+        """Take a job back, if nobody is at work on it; gives whether it was. Its idempotency key is free then."""
+
+    def forget(self, job_id: str) -> bool:
+        """Remove a job that will not change any more, and its answer; gives whether it was. There is room then."""
 
     def claim(self, room: Mapping[str, int], most: int, options: Options, *, idle: bool) -> list[Claim]:
         """Take the oldest jobs that are due, at most ``most``, and of each deployment as many as there is room for.
 
-        A job that was lost before is taken alone, by somebody ``idle`` only: it may be what ended the process.
+        A job that was lost before is taken alone, by somebody ``idle`` only: it may be what ended the process. One
+        that cannot be read is given up, and does not keep the others.
         """
 
-    def renew(self, claims: Sequence[Claim], lease_s: float) -> frozenset[int]:
-        """Have the claims hold on; gives the numbers of those that did."""
+    def renew(self, claims: Sequence[Claim], lease_s: float) -> frozenset[str]:
+        """Have the claims hold on; gives the ids of the jobs whose claims did."""
 
     def finish(self, claim: Claim, reply: Reply, *, failed: bool) -> bool:
         """Keep the answer to a job; False, and nothing is kept, where the claim is no longer in force."""
@@ -49,12 +53,12 @@ class JobStore(Protocol):
         """Have a job begun again, not before ``delay_s``; ``counted`` is whether this was an attempt."""
 
     def give_up(self, claim: Claim, error: str) -> bool:
-        """Let a job be dead."""
+        """Let a job be dead. Its idempotency key is free then."""
 
-    def tidy(self, options: Options) -> tuple[list[str], bool]:
+    def tidy(self, options: Options) -> tuple[list[tuple[str, str]], bool]:
         """Remove results that have been kept long enough, and give up what is due, some of it at a time.
 
-        Gives the deployments of the jobs that were given up, and whether there is more to do.
+        Gives the jobs that were given up, as id and deployment, and whether there is more to do.
         """
 
     def finished(self, job_ids: Collection[str]) -> list[str]:

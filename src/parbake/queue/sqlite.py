@@ -4,11 +4,14 @@ Whoever writes takes the lock before reading, so that two never decide on the sa
 another one whenever the job changes hands, and an answer is only kept under the token in force: the first answer that
 is kept is the answer. The times of leases, pauses and retention are those of `parbake.queue.clock`.
 
-The file is made with the first job.
+The file is made with the first job, in a folder that has nothing else: SQLite keeps a log beside it, and only
+the folder takes both along when it is renamed. Numbers and tokens begin anew in a new file, so a claim goes by
+the job's id too.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import sqlite3
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -74,6 +77,8 @@ _SCHEMA: Final = (
     "CREATE INDEX jobs_finished ON jobs (finished) WHERE finished IS NOT NULL",
 )
 _OPEN: Final = "state IN ('queued', 'running')"
+_HELD: Final = "number = ? AND id = ? AND token = ? AND state = 'running'"
+"""What `_holder` of a claim has to be for it to be in force."""
 _TORN: Final = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 _BUSY: Final = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
 _PASSING: Final = {*_BUSY, sqlite3.SQLITE_FULL}
@@ -115,7 +120,7 @@ class SqliteJobs:
                 ).fetchone()
                 if row is not None and row[1] != digest:
                     raise Conflict(
-                        f"idempotency key {new.key[:60]!r} belongs to another request, which became job {row[0]}",
+                        f"idempotency key {new.key[:60]!r} belongs to another request",
                         path="idempotency-key",
                         hint="use a new key for a new request",
                     )
@@ -152,7 +157,12 @@ class SqliteJobs:
                 "SELECT r.status, r.headers, r.body FROM jobs j JOIN replies r USING (number) WHERE j.id = ?",
                 (job_id,),
             ).fetchone()
-        return None if row is None else Reply(row[0], _pairs(row[1]), row[2])
+        if row is None:
+            return None
+        try:
+            return Reply(row[0], _pairs(row[1]), row[2])
+        except msgspec.MsgspecError as error:
+            raise self._torn(f"the answer to job {job_id} cannot be read") from error
 
     def cancel(self, job_id: str) -> bool:
         """See `JobStore`."""
@@ -160,7 +170,7 @@ class SqliteJobs:
             return False
         with self._writing() as (db, now):
             changed = db.execute(
-                "UPDATE jobs SET state = 'cancelled', finished = ?, token = token + 1 "
+                "UPDATE jobs SET state = 'cancelled', finished = ?, token = token + 1, key = '' "
                 "WHERE id = ? AND (state = 'queued' OR (state = 'running' AND until <= ?))",
                 (now, job_id, now),
             ).rowcount
@@ -169,6 +179,19 @@ class SqliteJobs:
                     "DELETE FROM requests WHERE number = (SELECT number FROM jobs WHERE id = ?)", (job_id,)
                 )
             return bool(changed)
+
+    def forget(self, job_id: str) -> bool:
+        """See `JobStore`."""
+        if not self.exists():
+            return False
+        with self._writing() as (db, _):
+            row = db.execute(
+                f"DELETE FROM jobs WHERE id = ? AND NOT {_OPEN} RETURNING number",  # noqa: S608
+                (job_id,),
+            ).fetchone()
+            if row is not None:
+                db.execute("DELETE FROM replies WHERE number = ?", row)
+        return row is not None
 
     # Fronts ----------------------------------------------------------------------------------------
 
@@ -182,17 +205,18 @@ class SqliteJobs:
                 return []
         with self._writing() as (db, now):
             chosen = self._chosen(db, room, most, options, now, idle=idle)
-            return [self._claimed(db, number, now + options.lease_s) for number in chosen]
+            claims = [self._claimed(db, number, now, options.lease_s) for number in chosen]
+        return [claim for claim in claims if claim is not None]
 
-    def renew(self, claims: Sequence[Claim], lease_s: float) -> frozenset[int]:
+    def renew(self, claims: Sequence[Claim], lease_s: float) -> frozenset[str]:
         """See `JobStore`."""
         with self._writing() as (db, now):
             return frozenset(
-                claim.number
+                claim.id
                 for claim in claims
                 if db.execute(
-                    "UPDATE jobs SET until = ? WHERE number = ? AND token = ? AND state = 'running'",
-                    (now + lease_s, claim.number, claim.token),
+                    f"UPDATE jobs SET until = ? WHERE {_HELD}",  # noqa: S608
+                    (now + lease_s, *_holder(claim)),
                 ).rowcount
             )
 
@@ -212,9 +236,9 @@ class SqliteJobs:
         with self._writing() as (db, now):
             return bool(
                 db.execute(
-                    "UPDATE jobs SET state = 'queued', token = token + 1, until = ?, attempts = attempts - ?, "
-                    "refusals = refusals + ?, error = ? WHERE number = ? AND token = ? AND state = 'running'",
-                    (now + delay_s, not counted, bool(error), error, claim.number, claim.token),
+                    "UPDATE jobs SET state = 'queued', token = token + 1, until = ?, attempts = attempts - ?, "  # noqa: S608
+                    f"refusals = refusals + ?, error = ? WHERE {_HELD}",
+                    (now + delay_s, not counted, bool(error), error, *_holder(claim)),
                 ).rowcount
             )
 
@@ -223,28 +247,25 @@ class SqliteJobs:
         with self._writing() as (db, now):
             return self._end(db, claim, "dead", now, error=error)
 
-    def tidy(self, options: Options) -> tuple[list[str], bool]:
+    def tidy(self, options: Options) -> tuple[list[tuple[str, str]], bool]:
         """See `JobStore`."""
         if not self.exists():
             return [], False
         with self._reading() as (db, now):
             if not self._over(db, options, now) and not self._old(db, options, now):
                 return [], False
-        gone: list[str] = []
+        gone: list[tuple[str, str]] = []
         with self._writing() as (db, now):
-            for number, deployment, attempts in self._over(db, options, now):
-                why = (
-                    f"whoever had it was not heard of again, {attempts} times"
-                    if attempts >= options.attempts
-                    else f"not answered within {options.give_up_s:g} s"
-                )
-                db.execute(
-                    "UPDATE jobs SET state = 'dead', finished = ?, token = token + 1, "
-                    "error = ? || CASE error WHEN '' THEN '' ELSE '; before that ' || error END WHERE number = ?",
-                    (now, why, number),
-                )
-                db.execute("DELETE FROM requests WHERE number = ?", (number,))
-                gone.append(deployment)
+            for number, job_id, deployment, state, attempts in self._over(db, options, now):
+                if attempts < options.attempts:
+                    why = f"not answered within {options.give_up_s:g} s"
+                elif state == "running":
+                    why = f"whoever had it was not heard of again, {attempts} times"
+                else:
+                    # It was to be begun more often when it was put off.
+                    why = f"attempt {attempts} of {options.attempts} failed"
+                self._kill(db, number, now, why)
+                gone.append((job_id, deployment))
             old = self._old(db, options, now)
             for table in ("replies", "jobs"):
                 db.executemany(f"DELETE FROM {table} WHERE number = ?", [(number,) for number in old])  # noqa: S608
@@ -313,32 +334,30 @@ class SqliteJobs:
         *,
         idle: bool,
     ) -> list[int]:
-        left = dict(room)
-        chosen: list[int] = []
-        rows = db.execute(
-            f"SELECT number, deployment, lost + (state = 'running') FROM jobs WHERE {_OPEN} "  # noqa: S608
-            "AND until <= ? AND attempts < ? ORDER BY number",
-            (now, options.attempts),
+        # By deployment: one without room may have any number of jobs, and they must not be gone through each time.
+        due = (
+            "SELECT number, lost + (state = 'running') AS missed FROM jobs "  # noqa: S608
+            f"WHERE deployment = ? AND {_OPEN} AND until <= ? AND attempts < ?"
         )
-        for number, deployment, lost in rows:
-            if not left.get(deployment):
-                continue
-            if lost:
-                if chosen:
-                    continue
-                # The next one, and only where nobody else is hurt if it ends this process too.
-                return [number] if idle else []
-            left[deployment] -= 1
-            chosen.append(number)
-            if len(chosen) >= most:
-                break
-        return chosen
+        chosen: list[int] = []
+        oldest: list[tuple[int, int]] = []
+        for name, places in room.items():
+            values = (name, now, options.attempts)
+            oldest += db.execute(f"{due} ORDER BY number LIMIT 1", values)
+            rows = db.execute(f"{due} AND missed = 0 ORDER BY number LIMIT ?", (*values, min(places, most)))
+            chosen += [number for number, _ in rows]
+        number, missed = min(oldest, default=(0, 0))
+        if missed:
+            # The next one, and only where nobody else is hurt if it ends this process too.
+            return [number] if idle else []
+        return sorted(chosen)[:most]
 
-    def _claimed(self, db: sqlite3.Connection, number: int, until: float) -> Claim:
+    def _claimed(self, db: sqlite3.Connection, number: int, now: float, lease_s: float) -> Claim | None:
+        """A job, taken; None where what was asked cannot be read any more, and it is dead."""
         db.execute(
             "UPDATE jobs SET lost = lost + (state = 'running'), state = 'running', token = token + 1, "
             "attempts = attempts + 1, until = ? WHERE number = ?",
-            (until, number),
+            (now + lease_s, number),
         )
         row = db.execute(
             "SELECT j.token, j.id, j.owner, j.attempts, j.refusals, j.lost, j.deployment, j.version, r.form, r.query, "
@@ -346,9 +365,14 @@ class SqliteJobs:
             (number,),
         ).fetchone()
         if row is None:
-            raise QueueTorn(f"the queue at {self._path} is damaged: job {number} has no request")
+            self._kill(db, number, now, "its request is not in the queue any more")
+            return None
         token, job_id, owner, attempts, refusals, lost, deployment, version, form, query, headers, body = row
-        request = Request(deployment, version, form, query, _pairs(headers), body)
+        try:
+            request = Request(deployment, version, form, query, _pairs(headers), body)
+        except msgspec.MsgspecError:
+            self._kill(db, number, now, "its request cannot be read")
+            return None
         return Claim(number, token, job_id, owner, attempts, refusals, lost, request)
 
     def _end(
@@ -361,20 +385,32 @@ class SqliteJobs:
         status: int = 0,
         error: str = "",
     ) -> bool:
+        # Whoever sends a request again that was given up gets a new job.
         changed = db.execute(
-            "UPDATE jobs SET state = ?, finished = ?, status = ?, error = ? "
-            "WHERE number = ? AND token = ? AND state = 'running'",
-            (state, now, status, error, claim.number, claim.token),
+            "UPDATE jobs SET state = ?, finished = ?, status = ?, error = ?, "  # noqa: S608
+            f"key = iif(?, '', key) WHERE {_HELD}",
+            (state, now, status, error, state == "dead", *_holder(claim)),
         ).rowcount
         if changed:
             db.execute("DELETE FROM requests WHERE number = ?", (claim.number,))
         return bool(changed)
 
-    def _over(self, db: sqlite3.Connection, options: Options, now: float) -> list[tuple[int, str, int]]:
-        """Jobs that nobody is at work on and that are to be given up: number, deployment, attempts."""
+    def _kill(self, db: sqlite3.Connection, number: int, now: float, why: str) -> None:
+        """Let a job be dead that nobody is at work on."""
+        db.execute(
+            "UPDATE jobs SET state = 'dead', finished = ?, token = token + 1, key = '', "
+            "error = ? || CASE error WHEN '' THEN '' ELSE '; before that ' || error END WHERE number = ?",
+            (now, why, number),
+        )
+        db.execute("DELETE FROM requests WHERE number = ?", (number,))
+
+    def _over(
+        self, db: sqlite3.Connection, options: Options, now: float
+    ) -> list[tuple[int, str, str, str, int]]:
+        """Jobs that nobody is at work on and that are to be given up: number, id, deployment, state, attempts."""
         return db.execute(
-            f"SELECT number, deployment, attempts FROM jobs WHERE {_OPEN} "  # noqa: S608
-            "AND (state = 'queued' OR until <= ?) AND (taken <= ? OR (state = 'running' AND attempts >= ?)) LIMIT ?",
+            f"SELECT number, id, deployment, state, attempts FROM jobs WHERE {_OPEN} "  # noqa: S608
+            "AND (state = 'queued' OR until <= ?) AND (taken <= ? OR attempts >= ?) LIMIT ?",
             (now, now - options.give_up_s, options.attempts, _STEP),
         ).fetchall()
 
@@ -466,15 +502,28 @@ class SqliteJobs:
         """An empty file for its owner only, so that SQLite's own files get its mode."""
         if self._path.exists():
             return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        for ending in ("-wal", "-shm"):
+            if self._path.with_name(self._path.name + ending).exists():
+                # SQLite would remove it, and with it jobs that were acknowledged.
+                raise self._torn(f"{self._path.name} is gone, and {self._path.name}{ending} is left of it")
+        self._path.parent.mkdir(0o700, parents=True, exist_ok=True)
         os.close(os.open(self._path, os.O_CREAT | os.O_RDWR, 0o600))
         # The file must be there after a power cut, too.
-        for folder in (self._path.parent, self._path.parent.parent):
+        for folder in (*self._path.parents,)[:3]:
             descriptor = os.open(folder, os.O_RDONLY)
             try:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        descriptor = os.open(self._path.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
 
     def _open(self) -> sqlite3.Connection:
         # Only `_make_file` makes one.
@@ -487,29 +536,34 @@ class SqliteJobs:
         )
         try:
             self._file = self._identity()
-            # Whoever else opens a new file waits until it is made.
+            # In this order: another one may be making the tables at this moment.
+            (things,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
             (version,) = db.execute("PRAGMA user_version").fetchone()
             (application,) = db.execute("PRAGMA application_id").fetchone()
-            if (application or version) and application != _APPLICATION:
+            if application != _APPLICATION and (application or version or things):
                 raise QueueTorn(f"{self._path} is no queue of jobs", hint=_ASIDE)
             if version > _VERSION:
                 raise QueueAway(
                     f"the queue at {self._path} was written by a newer parbake",
-                    hint="use that one, or put the file aside",
+                    hint=f"use that one, or {_RENAME}",
                 )
-            if not version:
-                db.execute("PRAGMA auto_vacuum = INCREMENTAL")
-            db.execute("PRAGMA journal_mode = WAL")
             db.execute("PRAGMA synchronous = FULL")
+            if not version:
+                # Two that would change to WAL together do not wait for each other: one of them fails.
+                with self._alone():
+                    db.execute("PRAGMA auto_vacuum = INCREMENTAL")
+                    db.execute("PRAGMA journal_mode = WAL")
+                    with _transaction(db, "BEGIN IMMEDIATE"):
+                        self._make_tables(db)
+            db.execute("PRAGMA journal_mode = WAL")
             db.execute(f"PRAGMA journal_size_limit = {_WAL_BYTES}")
             if version and self._path.stat().st_size <= _LOOKED_THROUGH_BYTES:
                 (found,) = db.execute("PRAGMA quick_check(1)").fetchone()
                 if found != "ok":
                     raise self._torn(str(found).splitlines()[-1])
-            if not version:
-                with _transaction(db, "BEGIN IMMEDIATE"):
-                    self._make_tables(db)
             self._ahead = self._synchronised(db)
+            if self._identity() != self._file:
+                raise QueueAway(f"the queue at {self._path} was put aside at this moment")
         except BaseException:
             db.close()
             raise
@@ -567,10 +621,8 @@ class SqliteJobs:
 
 
 _WRITABLE: Final = "state_dir is a folder that the server may write to"
-_ASIDE: Final = (
-    "put the file aside with those beside it (-wal, -shm): a new one is begun with the next job. What waits for an "
-    "answer is answered meanwhile"
-)
+_RENAME: Final = "rename its folder as a whole: a new one is begun with the next job"
+_ASIDE: Final = f"{_RENAME}. What waits for an answer is answered meanwhile"
 
 
 @contextmanager
@@ -583,6 +635,10 @@ def _transaction(db: sqlite3.Connection, begin: str) -> Iterator[None]:
         if db.in_transaction:
             db.execute("ROLLBACK")
         raise
+
+
+def _holder(claim: Claim) -> tuple[int, str, int]:
+    return claim.number, claim.id, claim.token
 
 
 def _pairs(packed: bytes) -> tuple[tuple[bytes, bytes], ...]:

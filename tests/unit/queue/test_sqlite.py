@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import json
 import random
-import resource
-import signal
 import sqlite3
 import subprocess
 import sys
@@ -13,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -69,6 +68,12 @@ def filled(
     return len(numbers), None
 
 
+def change(folder: Path, statement: str) -> None:
+    """Do something to the file that no store would."""
+    with closing(sqlite3.connect(folder / "queue" / "jobs.db")) as db, db:
+        db.execute(statement)
+
+
 @pytest.fixture
 def moved() -> Time:
     return Time()
@@ -76,7 +81,7 @@ def moved() -> Time:
 
 @pytest.fixture
 def store(tmp_path: Path, moved: Time) -> Iterator[SqliteJobs]:
-    opened = SqliteJobs(tmp_path / "deep" / "queue.db", clock=moved.clock())
+    opened = SqliteJobs(tmp_path / "queue" / "jobs.db", clock=moved.clock())
     yield opened
     opened.close()
 
@@ -87,7 +92,7 @@ def test_a_job_goes_its_way(store: SqliteJobs, moved: Time, tmp_path: Path) -> N
     assert store.due_in_s() is None
     job, is_new = store.take(new(1, body=b"\0\xff" * 10), OPTIONS)
     assert (job.state, job.attempts, job.age_s, is_new, store.due_in_s()) == ("queued", 0, 0, True, 0)
-    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "deep").iterdir()} == {0o600}
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "queue").iterdir()} == {0o600}
     moved.ticks += 7
     (taken,) = claim(store, 5)
     assert taken.request == new(1, body=b"\0\xff" * 10).request
@@ -106,7 +111,7 @@ def test_a_job_goes_its_way(store: SqliteJobs, moved: Time, tmp_path: Path) -> N
     moved.ticks += 1
     store.tidy(OPTIONS)
     assert store.find("job-1") is None
-    with sqlite3.connect(tmp_path / "deep" / "queue.db") as db:
+    with sqlite3.connect(tmp_path / "queue" / "jobs.db") as db:
         for table in ("jobs", "requests", "replies"):
             assert db.execute(f"SELECT count(*) FROM {table}").fetchone() == (0,)
     db.close()
@@ -130,13 +135,14 @@ def test_a_job_whose_holder_is_silent_is_begun_again_and_has_one_answer(
     store.take(new(1), OPTIONS)
     (first,) = claim(store)
     moved.ticks += 6
-    assert store.renew([first], 10) == {first.number}
+    assert store.renew([first], 10) == {first.id}
     moved.ticks += 9
     assert claim(store) == []
     moved.ticks += 1
     (second,) = claim(store)
     assert (second.attempts, second.lost) == (2, 1)
-    assert store.renew([first, second], 10) == {second.number}
+    assert not store.renew([first], 10)
+    assert store.renew([first, second], 10) == {second.id}
     assert not store.finish(first, reply("first"), failed=False)
     assert not store.put_off(first, 0, counted=True, error="x")
     assert not store.give_up(first, "x")
@@ -152,6 +158,64 @@ def test_an_answer_after_the_lease_is_kept_where_nobody_else_has_begun(
     moved.ticks += 100
     assert store.finish(taken, reply("late"), failed=False)
     assert claim(store) == []
+
+
+def test_jobs_that_nobody_has_room_for_are_not_gone_through(store: SqliteJobs, tmp_path: Path) -> None:
+    store.take(new(1, name="price"), OPTIONS)
+    change(
+        tmp_path,
+        "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 5000) "
+        "INSERT INTO jobs (id, deployment, version, owner, key, digest, state, taken, created) "
+        "SELECT 'many-' || i, deployment, version, owner, key, digest, state, taken, created FROM jobs, n",
+    )
+    store.take(new(2), OPTIONS)
+    steps: list[None] = []
+    assert store._connection is not None
+    store._connection.set_progress_handler(lambda: steps.append(None), 100)
+    assert store.claim({"gone": 3}, 3, OPTIONS, idle=True) == []
+    assert [c.id for c in store.claim({"eta": 3}, 3, OPTIONS, idle=True)] == ["job-2"]
+    assert len(steps) < 20
+    # Where there is room, no more is looked at than there is room for.
+    assert [c.id for c in store.claim({"price": 1}, 3, OPTIONS, idle=True)] == ["job-1"]
+    assert len(steps) < 40
+
+
+@pytest.mark.parametrize("how", ["DELETE FROM requests", "UPDATE requests SET headers = x'c1'"])
+def test_a_job_whose_request_cannot_be_read_is_dead_and_keeps_no_other(
+    store: SqliteJobs, tmp_path: Path, how: str
+) -> None:
+    for number in (1, 2, 3):
+        store.take(new(number), OPTIONS)
+    change(tmp_path, f"{how} WHERE number = 1")
+    assert [c.id for c in claim(store, 2)] == ["job-2"]
+    assert [c.id for c in claim(store, 2)] == ["job-3"]
+    told = store.find("job-1")
+    assert told is not None
+    assert told.state == "dead"
+    assert "its request" in told.error
+    assert store.finished(["job-1", "job-2"]) == ["job-1"]
+
+
+def test_an_answer_that_cannot_be_read_is_said_to_be_torn(store: SqliteJobs, tmp_path: Path) -> None:
+    store.take(new(1), OPTIONS)
+    (taken,) = claim(store)
+    store.finish(taken, reply(1), failed=False)
+    change(tmp_path, "UPDATE replies SET headers = x'c1'")
+    with pytest.raises(QueueTorn, match="the answer to job job-1 cannot be read"):
+        store.reply("job-1")
+
+
+def test_a_job_that_was_begun_more_often_than_is_allowed_now_is_given_up(store: SqliteJobs) -> None:
+    store.take(new(1), OPTIONS)
+    for _ in range(2):
+        (taken,) = claim(store)
+        store.put_off(taken, 0, counted=True, error="503 runner_down: down")
+    fewer = replace(OPTIONS, attempts=2)
+    assert store.claim(ROOM, 1, fewer, idle=True) == []
+    assert store.tidy(fewer) == ([("job-1", "eta")], False)
+    told = store.find("job-1")
+    assert told is not None
+    assert told.error == "attempt 2 of 2 failed; before that 503 runner_down: down"
 
 
 def test_a_job_that_was_lost_goes_alone(store: SqliteJobs, moved: Time) -> None:
@@ -172,7 +236,7 @@ def test_a_job_that_was_lost_goes_alone(store: SqliteJobs, moved: Time) -> None:
     moved.ticks += 11
     # It was begun as often as may be.
     assert [c.id for c in claim(store, 9, idle=True)] == ["job-2", "job-3"]
-    assert store.tidy(OPTIONS) == (["eta"], False)
+    assert store.tidy(OPTIONS) == ([("job-1", "eta")], False)
     dead = store.find("job-1")
     assert dead is not None
     assert (dead.state, dead.error) == ("dead", "whoever had it was not heard of again, 3 times")
@@ -210,7 +274,7 @@ def test_an_unanswered_job_is_given_up_in_the_end(store: SqliteJobs, moved: Time
     assert store.tidy(OPTIONS) == ([], False)
     assert store.renew([running], 10)
     moved.ticks += 1
-    assert store.tidy(OPTIONS) == (["gone"], False), "whoever is at work on one may finish it"
+    assert store.tidy(OPTIONS) == ([("job-1", "gone")], False), "whoever is at work on one may finish it"
     told = store.find("job-1")
     assert told is not None
     assert (told.state, told.error) == ("dead", "not answered within 5000 s")
@@ -248,13 +312,61 @@ def test_an_idempotency_key_belongs_to_one_request_of_one_caller(store: SqliteJo
     assert store.take(new(1, owner="ann", key="k"), OPTIONS)[1]
     job, is_new = store.take(new(2, owner="ann", key="k"), replace(OPTIONS, waiting=1))
     assert (job.id, is_new) == ("job-1", False)
-    with pytest.raises(Conflict, match="became job job-1"):
+    with pytest.raises(Conflict, match="belongs to another request") as caught:
         store.take(new(3, owner="ann", key="k", body=b"y"), OPTIONS)
+    assert "job-1" not in str(caught.value), "where no keys are needed, the owner may be anybody"
     assert store.take(new(4, owner="bob", key="k", body=b"y"), OPTIONS)[1]
     assert store.take(new(5, owner="ann"), OPTIONS)[1]
     assert store.take(new(6, owner="ann"), OPTIONS)[1]
     assert store.find("job-2") is None
     assert store.find("job-3") is None
+
+
+@pytest.mark.parametrize("how", ["cancelled", "given up", "lost", "torn"])
+def test_a_job_that_has_no_answer_frees_its_idempotency_key(
+    store: SqliteJobs, moved: Time, tmp_path: Path, how: str
+) -> None:
+    once = replace(OPTIONS, attempts=1)
+    store.take(new(1, key="k"), once)
+    if how == "cancelled":
+        assert store.cancel("job-1")
+    elif how == "torn":
+        change(tmp_path, "DELETE FROM requests")
+        assert claim(store) == []
+    else:
+        (taken,) = claim(store)
+        assert not store.take(new(2, key="k"), once)[1]
+        if how == "given up":
+            assert store.give_up(taken, "no more")
+        else:
+            moved.ticks += 11
+            assert store.tidy(once) == ([("job-1", "eta")], False)
+    job, is_new = store.take(new(3, key="k"), once)
+    assert (job.id, is_new) == ("job-3", True)
+    (taken,) = claim(store)
+    assert store.finish(taken, reply(3), failed=True)
+    assert store.take(new(4, key="k"), once)[0].id == "job-3", "an error is an answer"
+
+
+def test_a_finished_job_that_is_forgotten_frees_its_room(store: SqliteJobs) -> None:
+    small = replace(OPTIONS, bytes=1_000_000)
+    assert not store.forget("job-1")
+    for number in (1, 2):
+        store.take(new(number, key=str(number)), small)
+    (running,) = claim(store)
+    assert not store.forget("job-1"), "somebody is at work on it"
+    assert not store.forget("job-2")
+    assert store.finish(running, Reply(200, (), bytes(900_000)), failed=False)
+    with pytest.raises(Overloaded):
+        store.take(new(3, body=bytes(200_000)), small)
+    assert store.forget("job-1")
+    assert not store.forget("job-1")
+    assert store.find("job-1") is None
+    assert store.reply("job-1") is None
+    assert store.take(new(3, body=bytes(200_000)), small)[1]
+    assert store.take(new(4, key="1"), small)[1]
+    assert store.cancel("job-2")
+    assert store.forget("job-2")
 
 
 def test_there_is_a_limit_to_jobs_and_to_bytes(store: SqliteJobs, moved: Time) -> None:
@@ -289,7 +401,7 @@ def test_the_wall_clock_may_jump(store: SqliteJobs, moved: Time, tmp_path: Path,
     (done, running) = claim(store, 2)
     store.finish(done, reply("kept"), failed=False)
     moved.wall += by_s
-    other = SqliteJobs(tmp_path / "deep" / "queue.db", clock=moved.clock())
+    other = SqliteJobs(tmp_path / "queue" / "jobs.db", clock=moved.clock())
     for either in (store, other):
         assert either.tidy(OPTIONS) == ([], False)
         assert either.reply(done.id) == reply("kept")
@@ -310,7 +422,7 @@ def test_after_a_restart_of_the_machine_nobody_has_a_job(
     store.close()
     moved.boot, moved.ticks = "second", 1.0
     moved.wall += by_s
-    other = SqliteJobs(tmp_path / "deep" / "queue.db", clock=moved.clock())
+    other = SqliteJobs(tmp_path / "queue" / "jobs.db", clock=moved.clock())
     assert other.reply("job-0") == reply("kept")
     assert other.tidy(OPTIONS) == ([], False)
     assert [c.id for c in claim(other, 9)] == ["job-1"]
@@ -333,8 +445,13 @@ def test_the_clock_of_this_machine_is_the_same_for_all_processes() -> None:
 class Known:
     """What a test knows of one job."""
 
+    name: str
+    key: str
+    taken: float
     answer: Reply | None = None
     ended: str = ""
+    ended_at: float = 0.0
+    attempts: int = 0
     holder: Claim | None = None
     """Whose it is."""
     until: float = 0.0
@@ -343,17 +460,18 @@ class Known:
 
 
 class Queue(RuleBasedStateMachine):
-    """Two processes with one store, whose holders may fall silent, and whose clocks jump."""
+    """Two processes with one store, whose holders may fall silent, whose clocks jump, and whose file is put aside."""
 
     def __init__(self) -> None:
         super().__init__()
         self.folder = tempfile.TemporaryDirectory()
         self.time = Time()
-        path = Path(self.folder.name) / "queue.db"
-        self.stores = [SqliteJobs(path, clock=self.time.clock()) for _ in range(2)]
+        self.path = Path(self.folder.name) / "queue" / "jobs.db"
+        self.stores = [SqliteJobs(self.path, clock=self.time.clock()) for _ in range(2)]
+        self.asked = 0
         self.known: dict[str, Known] = {}
         self.claims: list[Claim] = []
-        self.options = replace(OPTIONS, waiting=6)
+        self.options = replace(OPTIONS, waiting=6, keep_s=40, give_up_s=60)
 
     def teardown(self) -> None:
         for store in self.stores:
@@ -367,18 +485,25 @@ class Queue(RuleBasedStateMachine):
 
     @rule(which=st.integers(0, 1), name=st.sampled_from(["eta", "price"]), key=st.integers(0, 4))
     def take(self, which: int, name: str, key: int) -> None:
-        number = len(self.known)
-        asked = new(number, name=name, key=str(key) if key > 2 else "")
+        self.asked += 1
+        asked = new(self.asked, name=name, key=str(key) if key > 2 else "")
+        same = [
+            job_id
+            for job_id, known in self.known.items()
+            if known.key and known.key == asked.key and known.ended not in ("cancelled", "dead")
+        ]
+        open_ = [known for known in self.known.values() if not known.ended and known.name == name]
         try:
             job, is_new = self.stores[which].take(asked, self.options)
         except Overloaded:
-            open_ = [k for k in self.known.values() if not k.ended]
+            assert not same
             assert len(open_) >= self.options.waiting
         except Conflict:
-            assert key > 2
+            assert self.known[same[0]].name != name
         else:
-            assert is_new == (job.id not in self.known)
-            self.known.setdefault(job.id, Known())
+            assert [job.id] == (same or [asked.id])
+            assert is_new == (not same)
+            self.known.setdefault(job.id, Known(name, asked.key, self.time.ticks))
 
     @rule(which=st.integers(0, 1), most=st.integers(1, 3), idle=st.booleans())
     def claim(self, which: int, most: int, idle: bool) -> None:
@@ -390,6 +515,7 @@ class Queue(RuleBasedStateMachine):
             assert taken.attempts <= self.options.attempts
             assert idle or not taken.lost
             known.tokens.add(taken.token)
+            known.attempts = taken.attempts
             known.holder, known.until = taken, self.time.ticks + self.options.lease_s
             self.claims.append(taken)
 
@@ -406,8 +532,8 @@ class Queue(RuleBasedStateMachine):
         # Whoever computes it gets other bits: one of them is the answer, for good.
         words = reply((taken.id, taken.token))
         if self.told(taken, self.stores[which].finish(taken, words, failed=failed)):
-            known = self.known[taken.id]
-            known.answer, known.ended = words, "failed" if failed else "done"
+            self.end(taken.id, "failed" if failed else "done")
+            self.known[taken.id].answer = words
 
     @rule(which=st.integers(0, 1), at=st.integers(0, 3), counted=st.booleans(), delay_s=st.integers(0, 30))
     def put_off(self, which: int, at: int, counted: bool, delay_s: int) -> None:
@@ -415,33 +541,43 @@ class Queue(RuleBasedStateMachine):
             taken = self.some_claim(at)
             if self.told(taken, self.stores[which].put_off(taken, delay_s, counted=counted, error="x")):
                 self.known[taken.id].until = self.time.ticks + delay_s
+                self.known[taken.id].attempts -= not counted
 
     @rule(which=st.integers(0, 1), at=st.integers(0, 3))
     def give_up(self, which: int, at: int) -> None:
         if self.claims:
             taken = self.some_claim(at)
             if self.told(taken, self.stores[which].give_up(taken, "x")):
-                self.known[taken.id].ended = "dead"
+                self.end(taken.id, "dead")
 
     @rule(which=st.integers(0, 1), at=st.integers(0))
     def cancel(self, which: int, at: int) -> None:
+        if not self.known:
+            return
         job_id = [*self.known][at % len(self.known)]
         known = self.known[job_id]
         if self.stores[which].cancel(job_id):
             assert not known.ended
             assert known.holder is None or known.until <= self.time.ticks, "somebody is at work on it"
-            known.ended, known.holder = "cancelled", None
+            self.end(job_id, "cancelled")
+
+    @rule(which=st.integers(0, 1), at=st.integers(0))
+    def forget(self, which: int, at: int) -> None:
+        if not self.known:
+            return
+        job_id = [*self.known][at % len(self.known)]
+        assert self.stores[which].forget(job_id) == bool(self.known[job_id].ended)
+        if self.known[job_id].ended:
+            self.gone(job_id)
 
     @rule(which=st.integers(0, 1))
     def renew(self, which: int) -> None:
         held = self.stores[which].renew(self.claims, self.options.lease_s)
-        for known in self.known.values():
-            if known.holder is not None:
-                assert known.holder.number in held
-                known.until = self.time.ticks + self.options.lease_s
-        assert len(held) == sum(known.holder is not None for known in self.known.values())
+        assert held == {job_id for job_id, known in self.known.items() if known.holder is not None}
+        for job_id in held:
+            self.known[job_id].until = self.time.ticks + self.options.lease_s
 
-    @rule(seconds=st.sampled_from([0.5, 4, 11]))
+    @rule(seconds=st.sampled_from([0.5, 4, 11, 35]))
     def wait(self, seconds: float) -> None:
         self.time.ticks += seconds
 
@@ -451,14 +587,41 @@ class Queue(RuleBasedStateMachine):
 
     @rule(which=st.integers(0, 1))
     def tidy(self, which: int) -> None:
-        before = {job_id for job_id, known in self.known.items() if not known.ended}
-        gone, _ = self.stores[which].tidy(self.options)
-        dead = [job_id for job_id in before if self.state(job_id) == "dead"]
-        assert len(dead) == len(gone)
-        for job_id in dead:
-            known = self.known[job_id]
-            assert known.until <= self.time.ticks
-            known.ended, known.holder = "dead", None
+        now = self.time.ticks
+        over = {
+            job_id: known.name
+            for job_id, known in self.known.items()
+            if not known.ended
+            and (known.holder is None or known.until <= now)
+            and (now - known.taken >= self.options.give_up_s or known.attempts >= self.options.attempts)
+        }
+        old = [
+            job_id
+            for job_id, known in self.known.items()
+            if known.ended and now - known.ended_at >= self.options.keep_s
+        ]
+        dead, more = self.stores[which].tidy(self.options)
+        assert (dict(dead), more) == (over, False)
+        for job_id in over:
+            self.end(job_id, "dead")
+        for job_id in old:
+            self.gone(job_id)
+
+    @rule(which=st.integers(0, 1), give_up=st.booleans())
+    def much_later(self, which: int, give_up: bool) -> None:
+        self.time.ticks += self.options.give_up_s if give_up else self.options.keep_s
+        self.tidy(which)
+
+    @rule(which=st.integers(0, 1), most=st.integers(0, 3))
+    def put_aside(self, which: int, most: int) -> None:
+        if not self.path.exists():
+            return
+        self.path.parent.rename(self.path.parent.with_name(f"aside-{self.asked}"))
+        # Numbers and tokens begin anew, and all that was claimed is nobody's.
+        self.known.clear()
+        for name in ("eta", "price"):
+            self.take(which, name, 0)
+        self.claim(1 - which, most, True)
 
     @rule(which=st.integers(0, 1))
     def restart(self, which: int) -> None:
@@ -466,16 +629,28 @@ class Queue(RuleBasedStateMachine):
 
     def some_claim(self, at: int) -> Claim:
         """One of the last claims, of a job without an end if there is one: there, most can go wrong."""
-        claims = [c for c in self.claims if not self.known[c.id].ended] if at else self.claims
+        claims = [c for c in self.claims if c.id in self.known and not self.known[c.id].ended] if at else []
         return (claims or self.claims)[-(at % len(claims or self.claims)) - 1]
 
     def told(self, taken: Claim, done: bool) -> bool:
         """Whether it was done, which is for whoever has the job, and nobody else; then he has it no more."""
-        known = self.known[taken.id]
-        assert done == (known.holder is taken)
-        if done:
+        known = self.known.get(taken.id)
+        assert done == (known is not None and known.holder is taken)
+        if done and known is not None:
             known.holder = None
         return done
+
+    def end(self, job_id: str, state: str) -> None:
+        """Nothing more becomes of a job."""
+        known = self.known[job_id]
+        known.ended, known.ended_at, known.holder = state, self.time.ticks, None
+
+    def gone(self, job_id: str) -> None:
+        """A job is not there any more."""
+        del self.known[job_id]
+        for store in self.stores:
+            assert store.find(job_id) is None
+            assert store.reply(job_id) is None
 
     def state(self, job_id: str) -> str:
         (one, two) = (store.find(job_id) for store in self.stores)
@@ -517,7 +692,7 @@ while True:
 
 
 def test_processes_that_are_killed_at_any_moment_lose_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "queue.db"
+    path = tmp_path / "queue" / "jobs.db"
     outputs = [tmp_path / f"{name}.out" for name in "abc"]
     processes: list[subprocess.Popen[bytes]] = []
     for name, output in zip("abc", outputs, strict=True):
@@ -555,48 +730,73 @@ def test_processes_that_are_killed_at_any_moment_lose_nothing(tmp_path: Path) ->
     store.close()
 
 
+FILLER = """
+import json, resource, signal, subprocess, sys
+from pathlib import Path
+from parbake.errors import ParbakeError
+from parbake.queue.model import NewJob, Options, Reply, Request
+from parbake.queue.sqlite import SqliteJobs
+folder, limited = Path(sys.argv[1]), sys.argv[2] == "limit"
+before = resource.getrlimit(resource.RLIMIT_FSIZE)
+if limited:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (512 * 1024, before[1]))
+store = SqliteJobs(folder / "queue" / "jobs.db")
+options = Options(10_000, 8, 1 << 30, 1000, 3, 5000, 10)
+def take(number, size):
+    request = Request("eta", "", "infer", b"", (), bytes(size))
+    return store.take(NewJob(f"job-{number}", "", "", request), options)
+said = {"taken": []}
+try:
+    for number in range(1000):
+        said["taken"].append(take(number, 10_000)[0].id)
+except ParbakeError as error:
+    said |= {"code": error.code, "message": error.message, "hint": error.hint}
+if limited:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+else:
+    subprocess.run(["mount", "-o", "remount,size=32m", folder], check=True)
+claims = store.claim({"eta": 1000}, 1000, options, idle=True)
+said["claimed"] = [claim.id for claim in claims]
+said["kept"] = sum(store.finish(claim, Reply(200, (), b"x"), failed=False) for claim in claims)
+said["more"] = take(2000, 10)[1]
+store.close()
+print(json.dumps(said))
+"""
+
+
 @pytest.fixture(params=["limit", "disk"])
-def small(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Path, int]]:
-    """A folder for half a megabyte: by a limit on files, and by a disk where that may be mounted."""
+def small(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Path, str]]:
+    """A folder for half a megabyte: by a limit on files, or by a disk where that may be mounted."""
     if request.param == "disk":
         folder = tmp_path / "disk"
         folder.mkdir()
         mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)]
         if subprocess.run(mount, capture_output=True, check=False).returncode == 0:
-            yield folder, 0
+            yield folder, "disk"
             subprocess.run(["umount", "-l", folder], check=True)
             return
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (512 * 1024, before[1]))
-    yield tmp_path, before[0]
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
+    yield tmp_path, "limit"
 
 
-def test_a_full_disk_refuses_what_does_not_fit_and_keeps_the_rest(small: tuple[Path, int]) -> None:
-    folder, limit = small
-    store = SqliteJobs(folder / "queue.db")
-    taken, refused = filled(store, range(1000), 10_000)
-    assert isinstance(refused, QueueAway)
-    assert not isinstance(refused, QueueTorn)
-    assert "cannot be written" in refused.message
-    assert "free space" in refused.hint
-    assert taken > 3
-    if limit:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-    else:
-        subprocess.run(["mount", "-o", "remount,size=32m", str(folder)], check=True)
-    claims = store.claim(ROOM, 1000, OPTIONS, idle=True)
-    assert [c.id for c in claims] == [f"job-{number}" for number in range(taken)]
-    assert all(store.finish(c, reply(c.id), failed=False) for c in claims)
-    assert store.take(new(2000), OPTIONS)[1]
-    store.close()
+def test_a_full_disk_refuses_what_does_not_fit_and_keeps_the_rest(small: tuple[Path, str]) -> None:
+    # In a process of its own: the limit holds for all files that one writes.
+    run = subprocess.run([sys.executable, "-c", FILLER, *small], capture_output=True, check=True, timeout=60)
+    said = json.loads(run.stdout)
+    assert said["code"] == "queue_away"
+    assert "cannot be written" in said["message"]
+    assert "free space" in said["hint"]
+    assert len(said["taken"]) > 3
+    assert said["claimed"] == said["taken"]
+    assert said["kept"] == len(said["taken"])
+    assert said["more"]
 
 
-@pytest.mark.parametrize("how", ["no database", "cut", "overwritten", "another database"])
+@pytest.mark.parametrize(
+    "how", ["no database", "cut", "overwritten", "another database", "one without a version"]
+)
 def test_a_torn_file_is_said_to_be_torn_and_is_not_touched(tmp_path: Path, how: str) -> None:
-    path = tmp_path / "queue.db"
+    path = tmp_path / "queue" / "jobs.db"
     store = SqliteJobs(path)
     for number in range(60):
         store.take(new(number, body=bytes(2000)), OPTIONS)
@@ -613,22 +813,23 @@ def test_a_torn_file_is_said_to_be_torn_and_is_not_touched(tmp_path: Path, how: 
             path.unlink()
             with sqlite3.connect(path) as db:
                 db.execute("CREATE TABLE x (y)")
-                db.execute("PRAGMA user_version = 7")
+                if how == "another database":
+                    db.execute("PRAGMA user_version = 7")
             db.close()
             raw = bytearray(path.read_bytes())
     path.write_bytes(raw)
     for _ in range(2):
         with pytest.raises(QueueTorn, match=r"is damaged|is no queue") as caught:
             store.take(new(100), OPTIONS)
-        assert "put the file aside" in caught.value.hint
+        assert "rename its folder as a whole" in caught.value.hint
     assert path.read_bytes() == bytes(raw)
-    path.rename(tmp_path / "aside")
+    path.parent.rename(tmp_path / "aside")
     assert store.take(new(100), OPTIONS)[1]
     store.close()
 
 
 def test_a_newer_queue_is_left_alone(tmp_path: Path) -> None:
-    path = tmp_path / "queue.db"
+    path = tmp_path / "queue" / "jobs.db"
     store = SqliteJobs(path)
     store.take(new(1), OPTIONS)
     store.close()
@@ -640,23 +841,88 @@ def test_a_newer_queue_is_left_alone(tmp_path: Path) -> None:
     store.close()
 
 
-def test_a_file_that_is_taken_away_is_not_written_to(tmp_path: Path) -> None:
-    path = tmp_path / "queue.db"
-    store = SqliteJobs(path)
+def test_a_job_is_on_disk_before_it_is_acknowledged(store: SqliteJobs) -> None:
     store.take(new(1), OPTIONS)
-    for file in tmp_path.glob("queue.db*"):
-        file.rename(tmp_path / f"aside-{file.name}")
-    with pytest.raises(QueueAway, match="cannot be opened"):
+    for _ in range(2):
+        assert store._connection is not None
+        said = [
+            store._connection.execute(f"PRAGMA {what}").fetchone() for what in ("synchronous", "journal_mode")
+        ]
+        assert said == [(2,), ("wal",)], "2 is FULL: in NORMAL, a power cut takes the last commits along"
+        store.close()
         store.find("job-1")
-    assert store.take(new(2), OPTIONS)[1]
-    assert store.find("job-1") is None
-    assert store.find("job-2") is not None
+
+
+def test_a_queue_that_is_put_aside_keeps_what_it_had_and_a_new_one_is_begun(tmp_path: Path) -> None:
+    path = tmp_path / "queue" / "jobs.db"
+    fronts = [SqliteJobs(path), SqliteJobs(path)]
+    for number in range(4):
+        fronts[number % 2].take(new(number), OPTIONS)
+    (done, held) = claim(fronts[0], 2)
+    fronts[1].finish(done, reply("kept"), failed=False)
+    path.parent.rename(tmp_path / "aside")
+    with pytest.raises(QueueAway, match="cannot be opened"):
+        fronts[0].find("job-1")
+    # One of them is sooner to see it, and the other one lets go of the old file while there is a new one.
+    assert fronts[0].take(new(10), OPTIONS)[1]
+    assert not fronts[1].finish(held, reply("late"), failed=False)
+    assert fronts[1].take(new(11), OPTIONS)[1]
+    for store in fronts:
+        assert [store.find(f"job-{number}") is not None for number in (3, 10, 11)] == [False, True, True]
+        store.close()
+    old, anew = SqliteJobs(tmp_path / "aside" / "jobs.db"), SqliteJobs(path)
+    assert old.reply("job-0") == reply("kept")
+    assert [old.find(f"job-{number}") is not None for number in (1, 2, 3, 10)] == [True, True, True, False]
+    assert [anew.find(f"job-{number}") is not None for number in (10, 11)] == [True, True]
+    for store in (old, anew):
+        store.close()
+
+
+def test_a_claim_holds_in_the_file_that_it_is_of_only(tmp_path: Path) -> None:
+    path = tmp_path / "queue" / "jobs.db"
+    store = SqliteJobs(path)
+    store.take(new(1, owner="alice"), OPTIONS)
+    (hers,) = claim(store)
+    path.parent.rename(tmp_path / "aside")
+    store.take(new(2, owner="bob"), OPTIONS)
+    (his,) = claim(store)
+    assert (hers.number, hers.token) == (his.number, his.token)
+    assert store.renew([hers], 10) == frozenset()
+    assert store.renew([hers, his], 10) == {"job-2"}
+    assert not store.finish(hers, reply("hers"), failed=False)
+    assert not store.put_off(hers, 0, counted=True, error="x")
+    assert not store.give_up(hers, "x")
+    assert store.finish(his, reply("his"), failed=False)
+    assert store.reply("job-2") == reply("his")
     store.close()
+
+
+def test_files_that_are_moved_one_by_one_lose_nothing(tmp_path: Path) -> None:
+    path, aside = tmp_path / "queue" / "jobs.db", tmp_path / "aside"
+    store, other = SqliteJobs(path), SqliteJobs(path)
+    for number in range(3):
+        store.take(new(number), OPTIONS)
+    assert other.find("job-0") is not None
+    aside.mkdir()
+    for ending in ("", "-wal", "-shm"):
+        file = path.with_name(path.name + ending)
+        file.rename(aside / file.name)
+        if ending != "-shm":
+            # SQLite would take the log for one of the new file.
+            with pytest.raises(QueueTorn, match=r"jobs\.db is gone, and jobs\.db-(wal|shm) is left of it"):
+                store.take(new(10), OPTIONS)
+    assert store.take(new(10), OPTIONS)[1]
+    assert other.find("job-10") is not None
+    store.close()
+    other.close()
+    old = SqliteJobs(aside / "jobs.db")
+    assert all(old.find(f"job-{number}") is not None for number in range(3))
+    old.close()
 
 
 def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    store = SqliteJobs(tmp_path / "file" / "queue.db")
+    store = SqliteJobs(tmp_path / "file" / "queue" / "jobs.db")
     assert not store.exists()
     with pytest.raises(QueueAway, match="cannot be made") as caught:
         store.take(new(1), OPTIONS)
@@ -664,7 +930,7 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
 
 
 def test_many_threads_and_connections_take_and_answer_each_job_once(tmp_path: Path) -> None:
-    path = tmp_path / "queue.db"
+    path = tmp_path / "queue" / "jobs.db"
 
     def work(who: int) -> list[str]:
         store = SqliteJobs(path)
@@ -680,4 +946,3 @@ def test_many_threads_and_connections_take_and_answer_each_job_once(tmp_path: Pa
     with ThreadPoolExecutor(4) as crowd:
         answered = [job_id for part in crowd.map(work, range(4)) for job_id in part]
     assert sorted(answered) == sorted(f"job-{100 * who + number}" for who in range(4) for number in range(12))
-    assert os.path.getsize(path) > 0
