@@ -612,16 +612,18 @@ class Queue(RuleBasedStateMachine):
         self.time.ticks += self.options.give_up_s if give_up else self.options.keep_s
         self.tidy(which)
 
-    @rule(which=st.integers(0, 1), most=st.integers(0, 3))
+    @rule(which=st.integers(0, 1), most=st.integers(1, 3))
     def put_aside(self, which: int, most: int) -> None:
-        if not self.path.exists():
-            return
+        self.claim(which, most, True)
+        old = self.claims[:2] + self.claims[-2:]
         self.path.parent.rename(self.path.parent.with_name(f"aside-{self.asked}"))
         # Numbers and tokens begin anew, and all that was claimed is nobody's.
         self.known.clear()
         for name in ("eta", "price"):
             self.take(which, name, 0)
-        self.claim(1 - which, most, True)
+        self.claim(1 - which, 2, True)
+        assert self.stores[which].renew(old, 10) == frozenset()
+        assert not any(self.stores[which].finish(taken, reply("late"), failed=False) for taken in old)
 
     @rule(which=st.integers(0, 1))
     def restart(self, which: int) -> None:
