@@ -19,6 +19,7 @@ import parbake
 from parbake import errors, testing
 from parbake.app.control import AllCounts, HeadCounts, LogRows, VersionCounts
 from parbake.app.follow import Following
+from parbake.app.jobs import JobCounts, JobDepth
 from parbake.app.metrics import (
     DemandState,
     RoomsState,
@@ -38,7 +39,14 @@ from parbake.serving.route import Arm, Route
 from parbake.serving.service import ServedVersion
 from parbake.serving.shadow import ShadowCounts
 from parbake.serving.stats import BATCH_BOUNDS, BOUNDS_S, Stats
-from parbake.settings import Declared, DeploymentSettings, ReleaseSettings, ServerSettings, declared
+from parbake.settings import (
+    Declared,
+    DeploymentSettings,
+    QueueSettings,
+    ReleaseSettings,
+    ServerSettings,
+    declared,
+)
 from parbake.transports import admin
 from parbake.transports.grpc import replies as grpc
 from parbake.transports.grpc.messages import HEALTH, INFERENCE, pool
@@ -141,6 +149,7 @@ def _settings() -> Iterator[str]:
         ("[server]", ServerSettings),
         ("[[deployments]]", DeploymentSettings),
         ("[release]", ReleaseSettings),
+        ("[queue]", QueueSettings),
     ):
         yield f"## {title}\n"
         yield f"{_first_paragraph(kind)}\n"
@@ -289,7 +298,12 @@ def _urls() -> Iterator[str]:
     yield "`NAME` is a deployment, `VERSION` one of its versions; without a version the last one answers. Where GET"
     yield "is answered, HEAD is too. Statuses are those besides 200; [errors](errors.md) says what they mean. The"
     yield "server's own `/openapi.json` has the same with the columns of its models.\n"
-    for title, tag in (("Models", "models"), ("Server", "server"), ("Model repository", "repository")):
+    for title, tag in (
+        ("Models", "models"),
+        ("Jobs", "jobs"),
+        ("Server", "server"),
+        ("Model repository", "repository"),
+    ):
         yield f"## {title}\n"
         yield from _table(("", "URL", "what it does", "statuses"), _operations(tag))
         yield ""
@@ -312,7 +326,7 @@ def _operations(tag: str) -> Iterator[tuple[str, ...]]:
         "NAME", "VERSION", contract, "", mode="dynamic", table=None, batcher=None, deadline_s=1, stats=Stats()
     )
     for path, methods in json.loads(openapi([served]))["paths"].items():
-        url = path.replace("{name}", "NAME").replace("{version}", "VERSION")
+        url = path.replace("{name}", "NAME").replace("{version}", "VERSION").replace("{job}", "ID")
         for method, operation in methods.items():
             if tag in operation["tags"]:
                 statuses = ", ".join(status for status in operation["responses"] if status != "200")
@@ -350,6 +364,7 @@ def _metrics() -> Iterator[str]:
             LogRows(),
             {"team": 1},
             RouteCounts({"eta": {"1": {"weights": 1}}}, {"eta": {"2": ShadowCounts()}}),
+            JobCounts({"eta": JobDepth(1, 1, 1.0)}, 1, {"eta": 1}, {"eta": {"done": 1}}),
         ),
         {"eta": Traffic(1, Estimate(1, 1, 1), 0.0, 1.0, (), 0.0, 0.0, 0.0)},
         RoomsState(

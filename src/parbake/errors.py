@@ -13,13 +13,15 @@
     |   |-- NotAllowed            needs a token or another key, or is switched off
     |   `-- Conflict              not in this state (load of something that was never configured, ...)
     |       |-- GateRefused       checks failed that nobody has waived
-    |       `-- LeaseLost         another controller has taken over
+    |       |-- LeaseLost         another controller has taken over
+    |       `-- JobCancelled      the job was taken back before it was answered
     |-- NotFound
     |   |-- ModelNotFound
     |   |-- VersionNotFound
     |   |-- BundleMissing         the bundle store does not have that digest
     |   |-- RouteNotFound
     |   |-- MethodNotAllowed
+    |   |-- JobNotFound           there is no such job, or it is somebody else's
     |   `-- KeyNotBaked           static mode, key not in the prediction table
     |-- Unavailable               try again later; has retry_after_s
     |   |-- Overloaded            the queue is full, or the deadline cannot be met
@@ -29,8 +31,11 @@
     |   |-- NotReady              starting, draining or unloaded
     |   |-- StateAway             the store of releases cannot be reached or written
     |   |-- RegistryAway          the registry does not answer
-    |   `-- StoreAway             the bundle store does not answer, or cannot be written
+    |   |-- StoreAway             the bundle store does not answer, or cannot be written
+    |   `-- QueueAway             the queue of jobs cannot be read or written
+    |       `-- QueueTorn         its file is damaged
     |-- ModelFailed               the model raised; details are logged under a correlation id
+    |-- JobDead                   given up: no answer within its attempts, or its time
     |-- BundleError
     |   |-- BundleTorn            a file is missing, cut short or not readable
     |   |-- BundleAltered         content does not match the digest
@@ -148,6 +153,12 @@ class LeaseLost(Conflict):
     code = "lease_lost"
 
 
+class JobCancelled(Conflict):
+    """The job was taken back before it was answered."""
+
+    code = "job_cancelled"
+
+
 class NotFound(ParbakeError):
     """Something named does not exist."""
 
@@ -188,6 +199,12 @@ class MethodNotAllowed(NotFound):
     ) -> None:
         super().__init__(message, hint=hint, path=path)
         self.methods = methods
+
+
+class JobNotFound(NotFound):
+    """No such job: it never was, its result has been removed, or it belongs to another API key."""
+
+    code = "job_not_found"
 
 
 class KeyNotBaked(NotFound):
@@ -252,6 +269,24 @@ class StoreAway(Unavailable):
     """The bundle store does not answer, or cannot be written; what is cached goes on serving."""
 
     code = "store_away"
+
+
+class QueueAway(Unavailable):
+    """The queue of jobs cannot be read or written; whoever waits for an answer gets it as ever."""
+
+    code = "queue_away"
+
+
+class QueueTorn(QueueAway):
+    """The file of the queue is damaged; nothing in it is touched."""
+
+    code = "queue_torn"
+
+
+class JobDead(ParbakeError):
+    """The job was given up: no attempt came to an answer, or its time was over."""
+
+    code = "job_dead"
 
 
 class ModelFailed(ParbakeError):

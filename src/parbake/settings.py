@@ -247,6 +247,44 @@ class ReleaseSettings(Struct, frozen=True, forbid_unknown_fields=True):
     ] = 600.0
 
 
+class QueueSettings(Struct, frozen=True, forbid_unknown_fields=True):
+    """Jobs: requests whose callers do not wait (docs/how-to/async.md). ``[queue]`` in parbake.toml."""
+
+    jobs_waiting: Annotated[
+        int,
+        Option(
+            "Most unanswered jobs of a deployment; what comes beyond is refused. 0: no jobs are taken.", "N"
+        ),
+        msgspec.Meta(ge=0),
+    ] = 1000
+    jobs_at_once: Annotated[
+        int, Option("Most jobs that a front has answered at a time.", "N"), msgspec.Meta(ge=1)
+    ] = 4
+    jobs_bytes: Annotated[
+        int,
+        Option("Size of the queue, results included, beyond which no job is taken.", "BYTES"),
+        msgspec.Meta(ge=1),
+    ] = 1024 * 1024 * 1024
+    job_keep_s: Annotated[float, Option("How long results are kept.", "SECONDS"), msgspec.Meta(gt=0)] = (
+        24 * 3600.0
+    )
+    job_attempts: Annotated[
+        int,
+        Option(
+            "How often a job is begun before it is given up; a refusal before any work does not count.", "N"
+        ),
+        msgspec.Meta(ge=1),
+    ] = 5
+    job_give_up_s: Annotated[
+        float, Option("Age at which an unanswered job is given up.", "SECONDS"), msgspec.Meta(gt=0)
+    ] = 24 * 3600.0
+    job_lease_s: Annotated[
+        float,
+        Option("How long a front may be silent before others begin its jobs again.", "SECONDS"),
+        msgspec.Meta(gt=0, lt=86_400),
+    ] = 5.0
+
+
 DEFAULT_ANSWER: Final = "default"
 LAST_ANSWER: Final = "last"
 """The fallbacks that are no other deployment."""
@@ -349,6 +387,7 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True):
     server: ServerSettings = ServerSettings()
     deployments: tuple[DeploymentSettings, ...] = ()
     release: ReleaseSettings = ReleaseSettings()
+    queue: QueueSettings = QueueSettings()
 
 
 _SQLITE: Final = "sqlite:///"

@@ -1,7 +1,7 @@
 """What users of other model servers complain of, one test each: it must not happen here.
 
 The numbers are those of the project's list of such complaints; the threads are public. Some come with later parts of
-the product and have no test yet: 10 (long requests need durable results), 17 (promotion by hand).
+the product and have no test yet: 17 (promotion by hand).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -209,6 +210,34 @@ def test_pain_09_the_proxy_costs_more_than_the_model(tmp_path: Path) -> None:
     # Who takes the request runs the model, because that was measured to be cheaper than to hand it on.
     assert (version.placement, version.runner_pids) == ("inline", ())
     assert version.row_us < version.hop_us
+
+
+def test_pain_10_long_requests_need_durable_asynchronous_results(tmp_path: Path) -> None:
+    """ray#32292, kserve#2620."""
+    bundle = write_function(tmp_path, "import time\ndef predict(x):\n    time.sleep(0.1)\n    return x * 2\n")
+    options: dict[str, Any] = {"workers": 1, "state_dir": tmp_path / "state", "max_batch_rows": 1}
+    urls: list[str] = []
+    with serving(bundle.path, **options) as server, Call(server.url) as call:
+        began = time.monotonic()
+        for i in range(20):
+            taken = call(
+                FUNCTION, infer((i, 1)), {"prefer": "respond-async", "idempotency-key": f"order {i}"}
+            )
+            assert taken.status == 202
+            urls.append(taken.headers["location"])
+        # Nobody held a connection for the two seconds that they take.
+        assert time.monotonic() - began < 1.5
+        first = call(f"{urls[0]}/result?wait=30")
+        assert answer(first) == [0.0, 2.0]
+        now = client.status(port=server.port)
+        for pid in (now.pid, *now.front_pids, *now.versions[0].runner_pids):
+            os.kill(pid, signal.SIGKILL)
+        server.process.wait(10)
+    with serving(bundle.path, **options) as server, Call(server.url) as call:
+        assert [answer(call(f"{url}/result?wait=30")) for url in urls] == [[2.0 * i, 2.0] for i in range(20)]
+        assert call(f"{urls[0]}/result").body == first.body
+        again = call(FUNCTION, infer((3, 1)), {"prefer": "respond-async", "idempotency-key": "order 3"})
+        assert again.headers["location"] == urls[3]
 
 
 def test_pain_11_no_batch_no_precomputed_no_cached_predictions(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Final
 import msgspec
 from msgspec import Struct
 
+from parbake.app.jobs import JobCounts
 from parbake.app.keys import ApiKey
 from parbake.app.labels import Labelled
 from parbake.app.plan import Placed, Plan
@@ -20,7 +21,7 @@ from parbake.logs import log
 from parbake.serving.observer import Foretold
 from parbake.serving.route import Route
 from parbake.serving.stats import Counts
-from parbake.settings import ServerSettings
+from parbake.settings import QueueSettings, ServerSettings
 
 _LIMIT_BYTES: Final = 64 * 1024 * 1024
 
@@ -44,6 +45,9 @@ class Configure(Struct, frozen=True, tag=True):
     would only say that it is not ready."""
     keys: UseKeys | None = None
     """None where requests need none."""
+    queue: QueueSettings = QueueSettings()
+    queue_file: str = ""
+    """Where jobs are kept; "" where none are taken."""
 
 
 class UseRoutes(Struct, frozen=True, tag=True):
@@ -161,6 +165,8 @@ class AllCounts(Struct, frozen=True, tag=True):
     """Requests that were let in, by the name of their API key."""
     routes: RouteCounts = RouteCounts()
     """Of deployments that have or had a route."""
+    jobs: JobCounts | None = None
+    """None where there never was a job."""
 
 
 class GetProfiles(Struct, frozen=True, tag=True):

@@ -36,9 +36,10 @@ from parbake.app.control import (
     Wanted,
     Wedged,
 )
+from parbake.app.jobs import JobCounts, Jobs
 from parbake.app.plan import Placed, Plan, PlanEntry
 from parbake.app.routes import FrontRoutes
-from parbake.app.wiring import front_count, hold_table, monitor_of, open_table, table_facts
+from parbake.app.wiring import front_count, hold_table, job_store, monitor_of, open_table, table_facts
 from parbake.contract.bundle import StoredBundle, read_bundle
 from parbake.contract.record import Records
 from parbake.errors import (
@@ -65,7 +66,7 @@ from parbake.serving.head import Head
 from parbake.serving.service import ServedVersion
 from parbake.serving.stats import Stats
 from parbake.serving.warm import Handover, Warmer, takes
-from parbake.settings import DEFAULT_ANSWER, LAST_ANSWER, ServerSettings
+from parbake.settings import DEFAULT_ANSWER, LAST_ANSWER, QueueSettings, ServerSettings
 from parbake.tables.lease import Lease
 
 _INLINE_BYTES: Final = 64 * 1024 * 1024
@@ -122,10 +123,13 @@ class Front:
         self.routes = FrontRoutes(loop)
         self.routed = self.routes.routed
         """Deployments under a route, by name."""
+        self.jobs = Jobs(loop, self._able)
+        """Requests whose callers do not wait."""
         self._prepared: dict[int, list[Slot]] = {}
         self._sessions: dict[tuple[str, str], Session] = {}
         self._stats: dict[tuple[str, str], Stats] = {}
         self._hop_us = 0.0
+        self._drain_s = 0.0
         self._plan: Plan | None = None
         self._pending_plan: Plan | None = None
         self.channel: Channel | None = None
@@ -192,13 +196,16 @@ class Front:
         versions = ", ".join(served.version for served in found)
         raise VersionNotFound(f"model {name!r} has no version {version[:80]!r}", hint=f"versions: {versions}")
 
-    def configure(self, settings: ServerSettings, number: int) -> None:
+    def configure(self, settings: ServerSettings, number: int, queue: QueueSettings, queue_file: str) -> None:
         """Take the settings in that concern the front as a whole. Raises `SettingsError`."""
+        self._drain_s = settings.drain_timeout_s
         self._monitor = monitor_of(settings, number)
         self.routes.turn = number, front_count(settings)
         # Once, before there is any model: what is frozen with an old version in it would never be given back, and
         # looking at all libraries again holds up every caller for tens of milliseconds.
         settle_memory()
+        if queue_file:
+            self.jobs.configure(queue, Path(queue_file), job_store, settings.max_body_bytes)
 
     # What the supervisor asks ----------------------------------------------------------------------
 
@@ -229,7 +236,7 @@ class Front:
                 stats.fold()
                 if number % 16 == 15:
                     await asyncio.sleep(0)
-            return self._counts()
+            return self._counts(await self.jobs.counts())
         if isinstance(message, GetRoutes):
             return RoutesCounted(self.routes.counts())
         if isinstance(message, GetProfiles):
@@ -240,6 +247,7 @@ class Front:
     async def drain(self) -> None:
         """Wait until nothing is pending."""
         self.draining = True
+        await self.jobs.drain(self._drain_s)
         self.routes.close()
         for slot in self._slots:
             if slot.idling is not None:
@@ -249,6 +257,7 @@ class Front:
 
     async def close(self) -> None:
         """Write what is left for the prediction log. Nothing is answered any more."""
+        await self.jobs.close()
         if self._monitor is not None:
             await asyncio.to_thread(self._monitor.close)
 
@@ -618,7 +627,18 @@ class Front:
         self._giving_back = None
         give_memory_back()
 
-    def _counts(self) -> AllCounts:
+    def _able(self) -> tuple[list[str], bool]:
+        """Deployments whose versions can answer, and in front of none of which anybody waits; whether it is one."""
+        able: list[str] = []
+        if self.draining:
+            return able, False
+        for name, versions in self._by_name.items():
+            ready = any(served.ready for served in versions)
+            if ready and not any(s.batcher is not None and s.batcher.queued_rows for s in versions):
+                able.append(name)
+        return able, len(self._by_name) == 1
+
+    def _counts(self, jobs: JobCounts | None) -> AllCounts:
         now_ms = int(time.time() * 1000)
         # A model that is loaded on demand has nothing to tell until it was asked for the first time.
         heads = {
@@ -637,6 +657,7 @@ class Front:
             self._log_rows(),
             self.clients(),
             self.routes.counts(),
+            jobs,
         )
 
     def _log_rows(self) -> LogRows | None:

@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 
 from parbake.app.control import AllCounts
 from parbake.app.follow import Following
+from parbake.app.jobs import JobDepth
 from parbake.monitoring.model import Traffic
 from parbake.serving.route import Route
 from parbake.serving.stats import BATCH_BOUNDS, BOUNDS_S, STAGES, Histogram, no_counts
@@ -146,6 +147,7 @@ class _Page(Collector):
         yield from self._of_clients()
         yield from self._of_traffic()
         yield from self._of_log()
+        yield from self._of_jobs()
 
     def _of_registry(self) -> Iterator[Metric]:
         following = self._server.following
@@ -316,6 +318,42 @@ class _Page(Collector):
         yield taken
         yield GaugeMetricFamily("parbake_log_files", "Files of the prediction log.", rows.files)
         yield GaugeMetricFamily("parbake_log_bytes", "Size of the prediction log.", rows.bytes)
+
+    def _of_jobs(self) -> Iterator[Metric]:
+        jobs = self._counts.jobs
+        if jobs is None:
+            return
+        waiting = GaugeMetricFamily(
+            "parbake_jobs", "Jobs without an answer, queued or running.", labels=("deployment", "state")
+        )
+        oldest = GaugeMetricFamily(
+            "parbake_jobs_oldest_age_seconds",
+            "Age of the oldest job without an answer.",
+            labels=("deployment",),
+        )
+        for name in jobs.taken.keys() | jobs.ended.keys() | jobs.depths.keys():
+            depth = jobs.depths.get(name, JobDepth(0, 0, 0.0))
+            waiting.add_metric([name, "queued"], depth.queued)
+            waiting.add_metric([name, "running"], depth.running)
+            oldest.add_metric([name], depth.oldest_s)
+        yield waiting
+        yield oldest
+        taken = CounterMetricFamily("parbake_jobs_taken", "Jobs that were taken.", labels=("deployment",))
+        for name, count in jobs.taken.items():
+            taken.add_metric([name], count)
+        yield taken
+        ended = CounterMetricFamily(
+            "parbake_jobs_ended",
+            "Jobs that came to an end: done, failed (the answer is an error), dead (given up), cancelled.",
+            labels=("deployment", "outcome"),
+        )
+        for name, outcomes in jobs.ended.items():
+            for outcome, count in outcomes.items():
+                ended.add_metric([name, outcome], count)
+        yield ended
+        yield GaugeMetricFamily(
+            "parbake_jobs_bytes", "Size of the queue of jobs, results that are kept included.", jobs.bytes
+        )
 
     def _of_routes(self) -> Iterator[Metric]:
         state, counts = self._routes, self._counts.routes

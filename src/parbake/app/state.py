@@ -16,11 +16,18 @@ DEFAULT_STATE_DIR: Final = ".parbake"
 """Folder of what a server keeps by itself, in the working directory."""
 
 STATE_FILE: Final = "state.db"
+QUEUE_FILE: Final = "queue/jobs.db"
+"""In a folder of its own, which can be renamed in one step with all that belongs to it."""
 
 
 def state_dir(settings: Settings) -> Path:
     """The folder of what a server keeps by itself."""
     return Path(settings.server.state_dir or DEFAULT_STATE_DIR)
+
+
+def queue_file(settings: Settings) -> Path:
+    """Where jobs are kept."""
+    return state_dir(settings).absolute() / QUEUE_FILE
 
 
 def store_url(settings: Settings) -> str:

@@ -56,6 +56,7 @@ from parbake.app.control import (
     Wedged,
 )
 from parbake.app.follow import Follower, Following, Taken
+from parbake.app.jobs import JobCounts
 from parbake.app.keys import read_keys
 from parbake.app.labels import Labelled, LabelStore
 from parbake.app.plan import Placed, Plan, PlanEntry
@@ -71,6 +72,7 @@ from parbake.app.routes import (
     share_of,
 )
 from parbake.app.routes import add_counts as add_route_counts
+from parbake.app.state import queue_file
 from parbake.app.wiring import TableFacts, front_count, open_table, table_facts
 from parbake.contract.bundle import StoredBundle, read_bundle
 from parbake.contract.model import Contract, TensorSpec
@@ -1273,7 +1275,16 @@ class Supervisor:
         try:
             channel = await Channel.open(ours, self._handle)
             await channel.call(
-                Configure(self.settings.server, self.grpc_port, number, at_once, self._keys), _START_S
+                Configure(
+                    self.settings.server,
+                    self.grpc_port,
+                    number,
+                    at_once,
+                    self._keys,
+                    self.settings.queue,
+                    str(queue_file(self.settings)),
+                ),
+                _START_S,
             )
         except BaseException:
             _kill(process)
@@ -1301,7 +1312,8 @@ class Supervisor:
                 msgspec.structs.replace(v, head=v.head.without_process()) if v.head is not None else v
                 for v in gone.versions
             )
-            self._gone = msgspec.structs.replace(gone, versions=versions, connections=0)
+            jobs = gone.jobs.without_process() if gone.jobs is not None else None
+            self._gone = msgspec.structs.replace(gone, versions=versions, connections=0, jobs=jobs)
         if front in self._fronts:
             self._fronts.remove(front)
         if not self._stopping:
@@ -1724,8 +1736,10 @@ def add_counts(parts: Sequence[AllCounts]) -> AllCounts:
     logs = [part.log for part in parts if part.log is not None]
     rows = functools.reduce(LogRows.plus, logs) if logs else None
     routes = add_route_counts([part.routes for part in parts])
+    queues = [part.jobs for part in parts if part.jobs is not None]
+    jobs = functools.reduce(JobCounts.plus, queues) if queues else None
     return AllCounts(
-        tuple(merged.values()), sum(part.connections for part in parts), refused, rows, clients, routes
+        tuple(merged.values()), sum(part.connections for part in parts), refused, rows, clients, routes, jobs
     )
 
 

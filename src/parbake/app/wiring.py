@@ -19,6 +19,7 @@ from parbake.tables.lease import Lease, take_lease
 from parbake.tables.model import DATA
 
 if TYPE_CHECKING:
+    from parbake.queue.ports import JobStore
     from parbake.release.gate import Baked
 
 
@@ -91,6 +92,14 @@ def monitor_of(settings: ServerSettings, front: int) -> Monitor | None:
     if prediction_log is None and not settings.traffic_profile:
         return None
     return Monitor(prediction_log, profiles=settings.traffic_profile)
+
+
+def job_store(path: Path) -> JobStore:
+    """Where jobs are kept; nothing is made there before there is one."""
+    # Most servers never have a job, and need no database.
+    from parbake.queue.sqlite import SqliteJobs
+
+    return SqliteJobs(path)
 
 
 def front_count(settings: ServerSettings) -> int:

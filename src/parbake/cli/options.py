@@ -203,6 +203,7 @@ def state_settings(config: Path | None, values: Mapping[str, Any]) -> Settings:
         server=override(base.server, given(ServerSettings, values)),
         deployments=base.deployments,
         release=override(base.release, given(ReleaseSettings, values)),
+        queue=base.queue,
     )
 
 

@@ -15,6 +15,7 @@ from parbake.settings import (
     CONFIG_FILE,
     REGISTERED,
     DeploymentSettings,
+    QueueSettings,
     ReleaseSettings,
     ServerSettings,
     Settings,
@@ -34,6 +35,7 @@ from parbake.settings import (
 @settings_options(DeploymentSettings, multiple=["table"])
 @settings_options(ServerSettings)
 @settings_options(ReleaseSettings)
+@settings_options(QueueSettings)
 @click.pass_context
 def command(ctx: click.Context, /, bundles: tuple[Path, ...], config: Path | None, **values: Any) -> None:
     """Serve bundles over HTTP and gRPC.
@@ -71,6 +73,7 @@ def build(bundles: Sequence[Path], config: Path | None, values: Mapping[str, Any
         server=server,
         deployments=_with_tables(deployments, values.get("table") or ()),
         release=override(base.release, given(ReleaseSettings, values)),
+        queue=override(base.queue, given(QueueSettings, values)),
     )
 
 

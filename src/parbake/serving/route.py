@@ -220,6 +220,12 @@ class Chooser:
             self._sticky = self._sticky.lower()
         self.needs_hints = bool(self._sticky) or any(rule.needs_hints for rule in self._rules)
         """Whether headers and parameters matter."""
+        named = {name.lower() for rule in route.rules for name in rule.headers}
+        self.headers = frozenset(
+            name.encode("latin-1", "replace")
+            for name in named | ({self._sticky} if self._by_header else set())
+        )
+        """Names of the headers that matter."""
 
     def choose(self, row: Row, hints: Hints = NO_HINTS) -> tuple[str, Why]:
         """The version that answers, and what decided."""

@@ -54,7 +54,7 @@ class FrontProcess:
         """Answer one call of the supervisor."""
         if isinstance(message, Configure):
             self._configure(message.settings, message.grpc_port, message.keys)
-            self.front.configure(message.settings, message.number)
+            self.front.configure(message.settings, message.number, message.queue, message.queue_file)
             if message.at_once:
                 await self._listen()
             return Done()

@@ -20,7 +20,7 @@ from parbake.app.releases import Releases
 from parbake.app.supervisor import Supervisor
 from parbake.errors import ParbakeError, SettingsError
 from parbake.logs import FORMAT_VARIABLE, log
-from parbake.settings import DeploymentSettings, ServerSettings, Settings
+from parbake.settings import DeploymentSettings, QueueSettings, ServerSettings, Settings
 from parbake.transports.access import is_loopback
 from parbake.transports.admin import serve_admin
 from parbake.transports.front import tls_context
@@ -56,7 +56,9 @@ def serve(
     """
     server_names = {field.name for field in msgspec.structs.fields(ServerSettings)}
     server = {name: value for name, value in options.items() if name in server_names}
-    rest = {name: value for name, value in options.items() if name not in server_names}
+    queue_names = {field.name for field in msgspec.structs.fields(QueueSettings)}
+    queue = {name: value for name, value in options.items() if name in queue_names}
+    rest = {name: value for name, value in options.items() if name not in server_names | queue_names}
     try:
         settings = Settings(
             msgspec.convert({"host": host, "port": port, **server}, ServerSettings),
@@ -67,6 +69,7 @@ def serve(
                 )
                 for bundle in bundles
             ),
+            queue=msgspec.convert(queue, QueueSettings),
         )
     except msgspec.ValidationError as error:
         raise SettingsError(str(error), hint="docs/reference/settings.md lists the options") from error

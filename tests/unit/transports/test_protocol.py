@@ -978,3 +978,35 @@ def test_bodies_that_never_end_cannot_fill_the_memory_together() -> None:
         server.wait(lambda: server.site.arriving_bytes == 0)
         with connected(server.port) as fourth:
             assert fourth.send(request("/", b"x" * 4_000)).reply().status == 200
+
+
+@pytest.mark.parametrize(
+    ("value", "later"),
+    [
+        (b"respond-async", True),
+        (b"wait=10, Respond-Async;foo=bar", True),
+        (b'handling=lenient,respond-async="x"', True),
+        (b"return=minimal", False),
+        (b"not-respond-async", False),
+        (b"", False),
+    ],
+)
+def test_a_caller_that_would_rather_not_wait_is_known_by_the_head(value: bytes, later: bool) -> None:
+    for method in (b"POST", b"GET"):
+        head = protocol.Head()
+        head.headers = {b"prefer": value}
+        head.finish(b"/predict/eta?a=b", method, True)
+        # Who answers at once is found by the path, and is not there for those who do not wait.
+        assert head.later == (later and method == b"POST")
+        assert head.route == (b"" if head.later else b"/predict/eta")
+        assert (head.path, head.query) == (b"/predict/eta", b"a=b")
+
+
+def test_heads_that_come_once_do_not_push_out_those_that_come_again() -> None:
+    seldom = {(b"/v2/jobs/x", b"accept"), (b"/predict/eta", b"idempotency-key")}
+    for path in (b"/v2/jobs/x", b"/predict/eta"):
+        for name in (b"accept", b"idempotency-key"):
+            head = protocol.Head()
+            head.headers = {name: b"y"}
+            head.finish(path, b"POST", True)
+            assert head.seldom == ((path, name) in seldom or path == b"/v2/jobs/x")

@@ -30,6 +30,7 @@ STATUSES = {
     "lease_lost": 409, "state_away": 503, "state_error": 500, "state_torn": 500, "state_too_new": 500,
     "bundle_missing": 404, "registry_away": 503, "store_away": 503, "register_refused": 422,
     "gate_refused": 409,
+    "job_not_found": 404, "job_cancelled": 409, "job_dead": 500, "queue_away": 503, "queue_torn": 503,
     "input_file": 422, "settings": 422, "missing_extra": 501, "missing_program": 501,
     "build_failed": 500, "server_not_found": 502,
 }  # fmt: skip

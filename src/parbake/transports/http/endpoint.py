@@ -93,6 +93,8 @@ class PredictionEndpoint:
         call = self._codec.read(body, None if size is None else _whole(size))
         # A caller may want it sooner than the deployment promises, never later.
         limits_s = [self._served.deadline_s]
+        if exchange.patience_s:
+            limits_s = [max(limits_s[0], exchange.patience_s)]
         if call.timeout_s:
             limits_s.append(call.timeout_s)
         if b"parbake-deadline-ms" in headers:
@@ -101,6 +103,18 @@ class PredictionEndpoint:
         if b"parbake-priority" in headers:
             priority = _priority(headers[b"parbake-priority"])
         return call, exchange.arrived + min(limits_s), priority
+
+    def check(self, exchange: Exchange) -> bool:
+        """Whether a request can be read and fits the contract; where it does not, the reply has been given."""
+        try:
+            self.read(exchange)
+        except ParbakeError as error:
+            self._fail(exchange, error)
+            return False
+        except Exception:
+            self._failed_unexpectedly(exchange)
+            return False
+        return True
 
     def take(self, exchange: Exchange, call: InferCall, result: Answer | ParbakeError, parsed: float) -> None:
         """Reply with what this version said to a request that was read for all of its deployment."""

@@ -8,9 +8,11 @@ from typing import Any, Final
 
 import msgspec
 
+from parbake.app.jobs import LONGEST_KEY, LONGEST_WAIT_S
 from parbake.contract.datatypes import FLOATS, INTEGERS
 from parbake.contract.model import TensorSpec
 from parbake.serving.service import ServedVersion
+from parbake.transports.http.jobs import JobBody
 from parbake.transports.http.labels import LabelsRequest
 from parbake.transports.http.people import Column, bounds_of, columns_of, example_row, labels_of
 from parbake.transports.inputs import NON_FINITE, wire_shape
@@ -34,7 +36,7 @@ _STATUSES: Final = {
     503: "Starting, overloaded or stopping: try again after `retry-after` seconds.",
     504: "No answer within the deadline.",
 }
-_PREDICTION: Final = (400, 404, 405, 413, 422, 500, 503, 504)
+_PREDICTION: Final = (400, 404, 405, 409, 413, 422, 500, 503, 504)
 _LARGEST_HEADER: Final = 10**18 - 1
 
 
@@ -71,7 +73,7 @@ class _Document:
                 "description": "Predictions by column name at `/predict/NAME`, and the Open Inference Protocol v2.",
             },
             "servers": [{"url": "/"}],
-            "tags": [{"name": "server"}, {"name": "models"}, {"name": "repository"}],
+            "tags": [{"name": "server"}, {"name": "models"}, {"name": "jobs"}, {"name": "repository"}],
             "paths": self._paths,
             "components": {"schemas": self._schemas, "responses": _responses()},
         }
@@ -91,6 +93,7 @@ class _Document:
             500,
             503,
         )
+        self.jobs()
         get("/metrics", "The page for Prometheus.", None, 500, 503)
         self._paths["/metrics"]["get"]["responses"]["200"]["content"] = {
             "text/plain": {"schema": {"type": "string"}}
@@ -110,6 +113,45 @@ class _Document:
                 _object({"ready": "Only what is ready."}, required=(), ready={"type": "boolean"})
             ),
             "responses": self._answers(_ref("Index"), 400, 405),
+        }
+
+    def jobs(self) -> None:
+        """Requests whose callers do not wait."""
+        (body,), schemas = msgspec.json.schema_components(
+            [JobBody], ref_template="#/components/schemas/{name}"
+        )
+        self._schemas.update(schemas)
+        name = _parameter("job", "path", {"type": "string", "minLength": 1}, "Id of a job.")
+        wait = _parameter(
+            "wait",
+            "query",
+            {"type": "integer", "minimum": 0, "maximum": 999_999_999},
+            f"Seconds to wait for the job to finish, {LONGEST_WAIT_S:g} at most.",
+        )
+        summary = "What became of a request that was sent with `prefer: respond-async`."
+        self._paths["/v2/jobs/{job}"] = {
+            "get": {
+                "summary": summary,
+                "tags": ["jobs"],
+                "parameters": [name, wait],
+                "responses": self._answers(body, 400, 404, 405, 500, 503),
+            },
+            "delete": {
+                "summary": "Cancel a job that waits.",
+                "tags": ["jobs"],
+                "parameters": [name],
+                "responses": self._answers(body, 404, 405, 409, 500, 503),
+            },
+        }
+        result = self._answers(None, 400, 404, 405, 409, 413, 422, 500, 503, 504)
+        result["200"] = {"description": "The answer, as the request would have got it; errors too."}
+        self._paths["/v2/jobs/{job}/result"] = {
+            "get": {
+                "summary": "The answer to such a request.",
+                "tags": ["jobs"],
+                "parameters": [name, wait],
+                "responses": {**result, "202": _accepted(body, "Not answered yet.")},
+            }
         }
 
     def models(self, names: Sequence[str], versions: Sequence[ServedVersion]) -> None:
@@ -237,7 +279,7 @@ class _Document:
             "summary": f"Predict with {served.name}, by column name.",
             "description": _described(served),
             "tags": ["models"],
-            "parameters": [_deadline(), _priority()],
+            "parameters": [_deadline(), _priority(), _prefer(), _idempotency()],
             "requestBody": _body(
                 {
                     "oneOf": [
@@ -253,8 +295,8 @@ class _Document:
                 required=True,
                 example=example_row(columns),
             ),
-            "responses": self._answers(
-                {"oneOf": [answers, {"type": "array", "items": answers}]}, *_PREDICTION
+            "responses": _or_later(
+                self._answers({"oneOf": [answers, {"type": "array", "items": answers}]}, *_PREDICTION)
             ),
         }
 
@@ -312,9 +354,9 @@ class _Document:
             "summary": f"Predict with {served.name}, by the Open Inference Protocol.",
             "description": _described(served),
             "tags": ["models"],
-            "parameters": [_deadline(), _priority(), length],
+            "parameters": [_deadline(), _priority(), length, _prefer(), _idempotency()],
             "requestBody": body,
-            "responses": responses,
+            "responses": _or_later(responses),
         }
 
     # Parts -----------------------------------------------------------------------------------------
@@ -502,6 +544,38 @@ def _deadline() -> Schema:
         {"type": "integer", "minimum": 1, "maximum": _LARGEST_HEADER},
         "Milliseconds within which the answer is wanted; what cannot meet it is refused at once.",
     )
+
+
+def _prefer() -> Schema:
+    return _parameter(
+        "prefer",
+        "header",
+        {"type": "string"},
+        "`respond-async`: not to wait for the answer; the request becomes a job, and 202 says where it is.",
+    )
+
+
+def _idempotency() -> Schema:
+    return _parameter(
+        "idempotency-key",
+        "header",
+        {"type": "string"},
+        f"With `prefer: respond-async`, {LONGEST_KEY} characters at most: the same key and request are the same job.",
+    )
+
+
+def _accepted(body: Schema, words: str) -> Schema:
+    return {
+        "description": words,
+        "headers": {"location": {"schema": {"type": "string"}, "description": "URL of the job."}},
+        "content": {_JSON: {"schema": body}},
+    }
+
+
+def _or_later(responses: Schema) -> Schema:
+    """The replies to a prediction, or a job in place of one."""
+    taken = _accepted(_ref("JobBody"), "Taken as a job, which nothing loses from now on.")
+    return dict(sorted({**responses, "202": taken}.items()))
 
 
 def _priority() -> Schema:

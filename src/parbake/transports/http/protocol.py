@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from time import perf_counter
-from typing import Final
+from typing import Final, Protocol
 
 import httptools
 
@@ -81,11 +81,14 @@ class Head:
         "holder",
         "json_bytes",
         "keep_alive",
+        "later",
         "length",
         "method",
         "path",
         "plain",
         "query",
+        "route",
+        "seldom",
     )
 
     def __init__(self) -> None:
@@ -100,6 +103,12 @@ class Head:
         """POST, kept alive, and no header that changes how body or reply are to be read."""
         self.json_bytes = 0
         """Bytes of JSON before binary tensors, where that is all that keeps the head from being plain; else 0."""
+        self.later = False
+        """Whether the caller would rather not wait for the answer (RFC 7240: ``Prefer: respond-async``)."""
+        self.route = b""
+        """What is looked up first to find who answers: the path, or nothing where the caller does not wait."""
+        self.seldom = False
+        """Whether no other request will have the same head."""
         self.holder: Holder | None = None
         """Whose API key the head has, once it is found to be good for the path; None where keys are not needed."""
 
@@ -113,6 +122,10 @@ class Head:
             if scheme.lower() in (b"http", b"https"):
                 url = b"/" + rest.partition(b"/")[2]
         self.path, _, self.query = url.partition(b"?")
+        self.route = self.path
+        if b"prefer" in self.headers and method == b"POST" and b"respond-async" in preferences(self.headers):
+            self.later, self.route = True, b""
+        self.seldom = b"idempotency-key" in self.headers or self.path.startswith(_JOBS)
         length = self.headers.get(b"content-length", b"0")
         self.length = int(length) if length.isdigit() else 0
         special = self.headers.keys() & _SPECIAL
@@ -126,9 +139,39 @@ _SPECIAL: Final = frozenset(
     (b"content-encoding", b"inference-header-content-length", b"parbake-deadline-ms", b"parbake-priority")
 )
 _BINARY: Final = frozenset((b"inference-header-content-length",))
+_JOBS: Final = b"/v2/jobs/"
 _UPGRADE: Final = frozenset((b"upgrade", b"connection", b"http2-settings"))
 _MEMO_HEADS: Final = 512
 _MEMO_HEAD_BYTES: Final = 1024
+
+
+def preferences(headers: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
+    """What a client would prefer (RFC 7240): names in lower case, with their values or nothing."""
+    preferred: dict[bytes, bytes] = {}
+    for part in headers.get(b"prefer", b"").split(b","):
+        name, _, value = part.partition(b";")[0].partition(b"=")
+        preferred.setdefault(name.strip().lower(), value.strip().strip(b'"'))
+    return preferred
+
+
+class Connection(Protocol):
+    """Whoever asked, as an `Exchange` knows him."""
+
+    closed: bool
+    peer: str
+
+    @property
+    def alone(self) -> bool:
+        """Whether nobody else is connected."""
+
+    def send(self, exchange: Exchange, data: bytes) -> None:
+        """Send a whole reply."""
+
+    def soon(self, callback: Callable[[], None]) -> None:
+        """Call at the end of this turn of the loop."""
+
+    def abort(self) -> None:
+        """Hang up."""
 
 
 class Exchange:
@@ -138,13 +181,15 @@ class Exchange:
     not the default.
     """
 
-    protocol: HttpProtocol
+    protocol: Connection
     place: int
     head: Head
     arrived: float
     """When the first byte was read, on the clock of `time.perf_counter`."""
     body = b""
     keep_alive = True
+    patience_s = 0.0
+    """Time that whoever asked has in any case, whatever the deployment's deadline is."""
 
     @property
     def method(self) -> bytes:
@@ -249,7 +294,7 @@ class Site:
 
     def remember(self, head_bytes: bytes, head: Head) -> None:
         """Keep a parsed head for the next request like it."""
-        if len(head_bytes) > _MEMO_HEAD_BYTES or not head.keep_alive:
+        if len(head_bytes) > _MEMO_HEAD_BYTES or not head.keep_alive or head.seldom:
             return
         if len(self.heads) >= _MEMO_HEADS:
             self.heads.clear()

@@ -41,6 +41,24 @@ class RoutedEndpoint:
         self._read_row = self._short[routed.reader.version].read_row if self._short else _nothing
         self._shapes = (routed.reader.contract.inputs[0].shape,)
 
+    def check(self, exchange: Exchange) -> bool:
+        """Whether a request can be read and fits the contract; where it does not, the reply has been given."""
+        arm = self._arms[self._routed.champion.version]
+        try:
+            self._reader.read(exchange)
+        except ParbakeError as error:
+            arm.refuse(exchange, error)
+            return False
+        except Exception:
+            arm.fail_unexpectedly(exchange)
+            return False
+        return True
+
+    @property
+    def headers(self) -> frozenset[bytes]:
+        """Names of the headers that the route goes by."""
+        return self._routed.chooser.headers
+
     def answer(self, exchange: Exchange) -> None:
         """Handle one request; the reply is written now or later."""
         routed = self._routed

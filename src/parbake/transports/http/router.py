@@ -19,6 +19,7 @@ from parbake.serving.service import ServedVersion
 from parbake.settings import ServerSettings
 from parbake.transports.access import Access
 from parbake.transports.http.endpoint import PredictionEndpoint, fail_unexpectedly
+from parbake.transports.http.jobs import JobPages
 from parbake.transports.http.labels import read_labels
 from parbake.transports.http.memo import ReplyMemo
 from parbake.transports.http.oip import InferCodec, decode_json
@@ -79,6 +80,7 @@ class Router:
         self._memo = ReplyMemo()
         self._answering: dict[int, _Answering] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._jobs = JobPages(front, self.answer)
         self._fixed: dict[bytes, Callable[[Exchange], None]] = {
             b"/v2": self._server,
             b"/v2/": self._server,
@@ -130,7 +132,7 @@ class Router:
     def answer(self, exchange: Exchange) -> None:
         """Answer one request, whatever happens."""
         try:
-            handler = self._exact.get(exchange.head.path)
+            handler = self._exact.get(exchange.head.route)
             if handler is not None:
                 handler(exchange)
             else:
@@ -186,7 +188,17 @@ class Router:
 
     def _by_parts(self, exchange: Exchange) -> None:
         parts = [_text(part) for part in exchange.path.split(b"/")[1:]]
+        if exchange.head.later:
+            if self._jobs.take(exchange, parts, self._exact):
+                return
+            # Nobody has to do as is preferred.
+            handler = self._exact.get(exchange.path)
+            if handler is not None:
+                handler(exchange)
+                return
         match parts:
+            case ["v2", "jobs", job_id, *rest] if len(rest) < 2:
+                self._jobs.page(exchange, job_id, rest[0] if rest else "")
             case ["v2", "models", name, *rest] if (
                 rest[-1:] == ["infer"] or not rest or rest[0] in _MODEL_PARTS
             ):
