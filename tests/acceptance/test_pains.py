@@ -239,7 +239,7 @@ def predict(x):
             )
             assert taken.status == 202
             urls.append(taken.headers["location"])
-        # All were taken, and all but the first are without an answer.
+        # Nobody holds a connection for them, and only the first can be answered yet.
         first = call(f"{urls[0]}/result?wait=30")
         assert answer(first) == [0.0, 2.0]
         now = client.status(port=server.port)
