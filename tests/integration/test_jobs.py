@@ -92,11 +92,12 @@ def post(call: Call, path: str, body: bytes, **headers: str) -> str:
 
 def result(call: Call, url: str) -> Noted:
     """The answer to a job, as soon as there is one."""
+    noted = call(f"{url}/result?wait=20")
     for _ in range(3):
-        noted = call(f"{url}/result?wait=20")
         if noted.status != 202:
             break
         assert noted.headers["retry-after"] == "1"
+        noted = call(f"{url}/result?wait=20")
     return noted
 
 
