@@ -1,6 +1,7 @@
 """The jobs of one front: takes them, has them answered when there is room, and tells what became of them.
 
-The store is asked in a thread of its own, one question after the other, so that no request waits for a disk. A job is
+The store is asked in threads of their own, one question after the other, so that no request waits for a disk: one for
+callers, and one for the front itself, so that no crowd of callers keeps it from saying that it is there. A job is
 answered by what would have answered its request; a front has its jobs for as long as it says so (the lease), and one
 that is killed is silent, whereupon another front, or the next server, begins them again.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import random
 import secrets
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection
@@ -23,6 +25,7 @@ from msgspec import Struct
 
 from parbake.errors import Conflict, JobCancelled, JobDead, JobNotFound, Overloaded, ParbakeError
 from parbake.logs import log
+from parbake.queue.clock import Clock, machine_clock
 from parbake.queue.model import Claim, Depth, Job, NewJob, Options, Reply, Request
 from parbake.queue.ports import JobStore
 from parbake.queue.service import Again, Answered, judge, share_out
@@ -45,11 +48,18 @@ _SAY_S: Final = 60.0
 _RENEWALS: Final = 3
 """How often a lease is renewed before it would end."""
 _MOST_PENDING: Final = 256
-"""Requests that wait for the store at a time."""
+"""Questions of callers that wait for the store at a time."""
+_MOST_WATCHERS: Final = 1000
+"""Callers that are kept waiting for jobs at a time; others are told at once how it is."""
+_GONE_S: Final = 1.0
+"""How often it is looked whether a caller who is kept waiting is still there."""
+_YIELD_S: Final = 0.5
+"""How long callers' questions stand back for those of the front, at most."""
 _LEAVE: Final = 0.5
 """Part of the time to drain after which jobs that are still under way are left to others."""
 _ID_BYTES: Final = 16
 _ID_CHARACTERS: Final = 22
+_SEND_AGAIN: Final = "send the request again"
 
 _BUG: Final = Reply(500, (), b'{"error":"an error of the server","code":"error"}')
 
@@ -132,29 +142,89 @@ class _Looked:
     """Whether there is more to tidy."""
 
 
+class _Asker:
+    """One of the threads that ask the store, and its connection; both are made when they are first wanted.
+
+    Those of the ``first`` go before the others: in between, whoever writes waits for the same lock, and chance would
+    decide.
+    """
+
+    def __init__(self, open_: Callable[[], JobStore], free: threading.Event, *, first: bool) -> None:
+        self._open = open_
+        self._free = free
+        self._first = first
+        self._thread: ThreadPoolExecutor | None = None
+        self._store: JobStore | None = None
+
+    @property
+    def store(self) -> JobStore:
+        """The store; nothing is read before it is asked."""
+        if self._store is None:
+            self._store = self._open()
+        return self._store
+
+    @property
+    def opened(self) -> bool:
+        """Whether the store was ever wanted."""
+        return self._store is not None
+
+    async def ask(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Have something done in the thread."""
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, "jobs")
+
+        def work() -> T:
+            if not self._first:
+                self._free.wait(_YIELD_S)
+                return function(*args, **kwargs)
+            self._free.clear()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._free.set()
+
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    async def close(self) -> None:
+        """Let go of the store, unless it is held up."""
+        store, thread = self._store, self._thread
+        if store is None or thread is None:
+            return
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self.ask(store.close), _AGAIN_S)
+        thread.shutdown(wait=False)
+
+
 class Jobs:
     """The jobs of one front. ``able`` gives the deployments that could answer a job now, and whether there are others.
 
-    Off until `configure`.
+    Off until `configure`. ``clock`` is the one that leases go by: the machine's, if none is given.
     """
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, able: Callable[[], tuple[Collection[str], bool]]
+        self,
+        loop: asyncio.AbstractEventLoop,
+        able: Callable[[], tuple[Collection[str], bool]],
+        clock: Clock | None = None,
     ) -> None:
         self._loop = loop
+        self._clock = clock
         self._able = able
         self.answer: Answerer | None = None
         """Set by whoever knows how requests are answered."""
         self._options: Options | None = None
         self._path: Path | None = None
-        self._open: Callable[[Path], JobStore] | None = None
-        self._opened: JobStore | None = None
-        self._thread: ThreadPoolExecutor | None = None
+        self._takes = False
+        self._callers: _Asker | None = None
+        self._own: _Asker | None = None
+        self._now: Callable[[], float] = loop.time
         self._pending = 0
         self._pending_bytes = 0
         self._most_pending_bytes = 0
-        self._running: dict[int, _Running] = {}
+        self._running: dict[str, _Running] = {}
+        """By id: in another file the same numbers are other jobs."""
         self._watched: dict[str, set[asyncio.Future[None]]] = {}
+        self._watchers = 0
         self._wake = asyncio.Event()
         self._turning = asyncio.Lock()
         self._depths: tuple[list[Depth], int] = ([], 0)
@@ -169,11 +239,16 @@ class Jobs:
         self, settings: QueueSettings, path: Path, store: Callable[[Path], JobStore], max_body_bytes: int
     ) -> None:
         """Take jobs from now on, and answer those that are there. ``store`` opens one, when it is wanted."""
-        if not settings.jobs_waiting:
-            return
+        # Where none are taken, those that were are answered all the same.
+        self._takes = settings.jobs_waiting > 0
         self._options = options_of(settings)
         self._path = path
-        self._open = store
+        # As the leases go: not as the loop's, which stands still while the machine is suspended.
+        self._now = (self._clock or machine_clock()).ticks
+        free = threading.Event()
+        free.set()
+        self._callers = _Asker(lambda: store(path), free, first=False)
+        self._own = _Asker(lambda: store(path), free, first=True)
         # As much as may be arriving at once.
         self._most_pending_bytes = max(4 * max_body_bytes, 256 * 1024 * 1024)
         self._working = self._loop.create_task(self._work())
@@ -181,7 +256,7 @@ class Jobs:
     @property
     def on(self) -> bool:
         """Whether jobs are taken here."""
-        return self._options is not None
+        return self._takes
 
     @property
     def patience_s(self) -> float:
@@ -195,33 +270,39 @@ class Jobs:
 
         Raises `Conflict` where another request came under that idempotency key, `Overloaded`, `QueueAway`.
         """
-        options, store = self._there()
+        if not self._takes:
+            raise _not_found("")
+        options, desk = self._there()
         size = len(request.body)
-        if self._pending >= _MOST_PENDING or (
-            self._pending and self._pending_bytes + size > self._most_pending_bytes
-        ):
+        if self._pending_bytes and self._pending_bytes + size > self._most_pending_bytes:
             raise Overloaded(
-                f"{self._pending} jobs are being written down, all that are held at a time",
+                f"{self._pending_bytes} bytes of jobs are being written down, all that are held at a time",
                 hint="send it again in a moment",
             )
-        self._pending += 1
         self._pending_bytes += size
         try:
             new = NewJob(secrets.token_urlsafe(_ID_BYTES), owner, key, request)
-            job, is_new = await self._ask(store.take, new, options)
+            job, is_new = await self._ask(desk.store.take, new, options)
         finally:
-            self._pending -= 1
             self._pending_bytes -= size
         if is_new:
             self._taken[request.deployment] += 1
             self._wake.set()
         return job
 
-    async def find(self, job_id: str, owner: str, wait_s: float = 0.0) -> Job:
-        """A job, as soon as it is finished or ``wait_s`` have passed. Raises `JobNotFound`, `QueueAway`."""
-        _, store = self._there(job_id)
-        if wait_s <= 0:
+    async def find(
+        self, job_id: str, owner: str, wait_s: float = 0.0, gone: Callable[[], bool] = lambda: False
+    ) -> Job:
+        """A job, as soon as it is finished, ``wait_s`` have passed, or whoever asks is ``gone``.
+
+        Where too many wait already it is given as it is. Raises `JobNotFound`, `Overloaded`, `QueueAway`.
+        """
+        _, desk = self._there(job_id)
+        store = desk.store
+        if wait_s <= 0 or self._watchers >= _MOST_WATCHERS:
             return self._known(await self._ask(store.find, job_id), job_id, owner)
+        end = self._loop.time() + min(wait_s, LONGEST_WAIT_S)
+        self._watchers += 1
         changed: asyncio.Future[None] = self._loop.create_future()
         # First be told, then look: what happens in between must not be missed.
         self._watched.setdefault(job_id, set()).add(changed)
@@ -230,57 +311,71 @@ class Jobs:
             if job.finished or self._draining:
                 return job
             self._wake.set()
-            await asyncio.wait((changed,), timeout=min(wait_s, LONGEST_WAIT_S))
+            while not changed.done() and (left_s := end - self._loop.time()) > 0:
+                await asyncio.wait((changed,), timeout=min(left_s, _GONE_S))
+                if gone():
+                    return job
         finally:
+            self._watchers -= 1
             waiting = self._watched.get(job_id, set())
             waiting.discard(changed)
             if not waiting:
                 self._watched.pop(job_id, None)
         return self._known(await self._ask(store.find, job_id), job_id, owner)
 
-    async def result(self, job_id: str, owner: str, wait_s: float = 0.0) -> Job | Reply:
-        """The answer to a job, or the job where it has none yet.
+    async def result(
+        self, job_id: str, owner: str, wait_s: float = 0.0, gone: Callable[[], bool] = lambda: False
+    ) -> Job | Reply:
+        """The answer to a job, or the job where it has none yet; otherwise as `find`.
 
-        Raises `JobNotFound`, `JobCancelled`, `JobDead`, `QueueAway`.
+        Raises `JobNotFound`, `JobCancelled`, `JobDead`, `Overloaded`, `QueueAway`.
         """
-        job = await self.find(job_id, owner, wait_s)
+        job = await self.find(job_id, owner, wait_s, gone)
         if not job.finished:
             return job
         if job.state == "cancelled":
-            raise JobCancelled(f"job {job_id} was cancelled", hint="send the request again")
+            raise JobCancelled(f"job {job_id} was cancelled", hint=_SEND_AGAIN)
         if job.state == "dead":
-            raise JobDead(f"job {job_id} was given up: {job.error}", hint="send the request again")
-        _, store = self._there(job_id)
-        reply = await self._ask(store.reply, job_id)
+            raise JobDead(f"job {job_id} was given up: {job.error}", hint=_SEND_AGAIN)
+        _, desk = self._there(job_id)
+        reply = await self._ask(desk.store.reply, job_id)
         if reply is None:
             # Removed in between.
             raise _not_found(job_id)
         return reply
 
     async def cancel(self, job_id: str, owner: str) -> Job:
-        """Take back a job that nobody is at work on. Raises `Conflict` for others, `JobNotFound`, `QueueAway`."""
-        _, store = self._there(job_id)
+        """Take back a job that waits, and remove one that has come to its end, with its answer.
+
+        Raises `Conflict` where somebody is at work on it, `JobNotFound`, `Overloaded`, `QueueAway`.
+        """
+        _, desk = self._there(job_id)
+        store = desk.store
         job = self._known(await self._ask(store.find, job_id), job_id, owner)
         if job.state == "cancelled":
             return job
         if await self._ask(store.cancel, job_id):
             self._count(job.deployment, "cancelled")
             self._tell((job_id,))
-        elif (job := self._known(await self._ask(store.find, job_id), job_id, owner)).state != "cancelled":
+            return self._known(await self._ask(store.find, job_id), job_id, owner)
+        job = self._known(await self._ask(store.find, job_id), job_id, owner)
+        if not job.finished:
             raise Conflict(
                 f"job {job_id} is {job.state}, and only one that waits can be cancelled",
-                hint=f"GET /v2/jobs/{job_id}/result has the answer, now or soon",
+                hint=f"GET /v2/jobs/{job_id}/result has the answer soon",
             )
-        return self._known(await self._ask(store.find, job_id), job_id, owner)
+        if job.state != "cancelled":
+            await self._ask(store.forget, job_id)
+        return job
 
     async def counts(self) -> JobCounts | None:
         """What there is to count; None where there never was a job."""
-        store = self._found()
-        if store is None:
+        desk = self._found(self._callers)
+        if desk is None:
             return None
         # A store that is slow, or away, must not keep the rest from being counted.
         with suppress(ParbakeError, TimeoutError):
-            self._depths = await asyncio.wait_for(self._ask(store.depths), _COUNT_S)
+            self._depths = await asyncio.wait_for(desk.ask(desk.store.depths), _COUNT_S)
         depths, size = self._depths
         return JobCounts(
             {item.deployment: JobDepth(item.queued, item.running, item.oldest_s) for item in depths},
@@ -295,33 +390,37 @@ class Jobs:
         """Begin nothing more; wait for what is under way, and leave to others what takes longer than half of that."""
         self._draining = True
         self._tell(tuple(self._watched))
-        # Jobs that are being taken at this moment are left again before anybody lets go of the store.
-        async with self._turning:
-            pass
         end = self._loop.time() + _LEAVE * limit_s
+        # Jobs that are being taken at this moment are left again before anybody lets go of the store.
+        with suppress(TimeoutError):
+            async with asyncio.timeout(max(_LEAVE * limit_s, _COUNT_S)), self._turning:
+                pass
         while self._running and self._loop.time() < end:
             await asyncio.sleep(0.005)
-        for running in list(self._running.values()):
-            if running.settling is None:
-                running.let_go()
-                self._running.pop(running.claim.number, None)
-                await self._leave(running.claim)
+        left = [running for running in self._running.values() if running.settling is None]
+        for running in left:
+            running.let_go()
+            del self._running[running.claim.id]
+        # A store that is held up must not hold up the end: then the leases end by themselves.
+        with suppress(TimeoutError):
+            async with asyncio.timeout(max(_LEAVE * limit_s, _COUNT_S)):
+                for running in left:
+                    await self._leave(running.claim)
 
     async def close(self) -> None:
         """Let go of the store."""
         self._closed = True
         if self._working is not None:
             self._working.cancel()
-        store, thread = self._opened, self._thread
-        if store is not None and thread is not None:
-            await self._ask(store.close)
-            thread.shutdown(wait=False)
+        for desk in (self._own, self._callers):
+            if desk is not None:
+                await desk.close()
 
     async def _leave(self, claim: Claim) -> None:
-        if self._opened is None:
+        if self._own is None:
             return
         try:
-            await self._ask(self._opened.put_off, claim, 0.0, counted=False, error="")
+            await self._own.ask(self._own.store.put_off, claim, 0.0, counted=False, error="")
         except ParbakeError as error:
             # The lease ends by itself.
             log().warning("jobs.not_left", job=claim.id, error=error.message)
@@ -329,7 +428,7 @@ class Jobs:
     # Work ------------------------------------------------------------------------------------------
 
     async def _work(self) -> None:
-        while True:
+        while not self._closed:
             try:
                 async with self._turning:
                     pause_s = await self._turn()
@@ -346,21 +445,22 @@ class Jobs:
 
     async def _turn(self) -> float:
         """Look after the jobs once; gives the longest pause before the next time."""
-        store, options = self._found(), self._options
-        if store is None or options is None:
+        desk, options = self._found(self._own), self._options
+        if desk is None or options is None:
             return _LOOK_S
-        now = self._loop.time()
+        store, now = desk.store, self._now()
         if self._running and now - self._renewed >= options.lease_s / _RENEWALS:
             claims = [running.claim for running in self._running.values()]
-            held = await self._ask(store.renew, claims, options.lease_s)
+            held = await desk.ask(store.renew, claims, options.lease_s)
             self._renewed = now
             for claim in claims:
-                if claim.id not in held and (lost := self._running.get(claim.number)) is not None:
+                lost = self._running.get(claim.id)
+                if claim.id not in held and lost is not None and lost.claim is claim:
                     # Somebody else has it now, or has answered it; what it comes to here would not be kept.
                     log().warning("job.lost", job=claim.id, deployment=claim.request.deployment)
                     if lost.settling is None:
                         lost.let_go()
-                        del self._running[claim.number]
+                        del self._running[claim.id]
         room: dict[str, int] = {}
         busy = Counter(running.claim.request.deployment for running in self._running.values())
         alone = any(running.claim.lost for running in self._running.values())
@@ -368,7 +468,7 @@ class Jobs:
             able, only = self._able()
             room = share_out(able, busy, options, alone=only)
         tidies = now - self._tidied >= min(_TIDY_S, options.keep_s / 2, options.give_up_s / 2)
-        looked = await self._ask(self._look, store, options, room, tuple(self._watched), tidies)
+        looked = await desk.ask(self._look, store, options, room, tuple(self._watched), tidies)
         if tidies and not looked.untidy:
             self._tidied = now
         for job_id, name in looked.dead:
@@ -377,8 +477,13 @@ class Jobs:
         self._tell(looked.finished)
         if not self._running:
             self._renewed = now
+        # What there is to answer with may have changed while the store was asked.
+        able = self._able()[0] if looked.claims else ()
         for claim in looked.claims:
-            self._begin(claim)
+            if claim.request.deployment in able:
+                self._begin(claim)
+            else:
+                self._spawn_leave(claim)
         if looked.claims:
             return 0.0
         if self._watched or self._running or looked.untidy or looked.due_in_s is not None:
@@ -401,10 +506,10 @@ class Jobs:
         if self.answer is None or self._draining:
             self._spawn_leave(claim)
             return
-        running = self._running[claim.number] = _Running(claim)
+        running = self._running[claim.id] = _Running(claim)
 
         def done(reply: Reply) -> None:
-            if running.settling is None and self._running.get(claim.number) is running:
+            if running.settling is None and self._running.get(claim.id) is running:
                 running.settling = self._loop.create_task(self._settle(running, reply))
 
         try:
@@ -415,13 +520,17 @@ class Jobs:
             done(_BUG)
 
     def _spawn_leave(self, claim: Claim) -> None:
-        running = self._running[claim.number] = _Running(claim)
+        running = self._running[claim.id] = _Running(claim)
 
         async def leave() -> None:
             await self._leave(claim)
-            self._running.pop(claim.number, None)
+            self._forget(running)
 
         running.settling = self._loop.create_task(leave())
+
+    def _forget(self, running: _Running) -> None:
+        if self._running.get(running.claim.id) is running:
+            del self._running[running.claim.id]
 
     async def _settle(self, running: _Running, reply: Reply) -> None:
         """Keep what a job came to, however long that takes: until it is kept, the lease is renewed."""
@@ -438,11 +547,14 @@ class Jobs:
             # The lease ends, and it is begun again.
             log().exception("job.not_kept", job=claim.id)
         finally:
-            self._running.pop(claim.number, None)
+            self._forget(running)
             self._wake.set()
 
     async def _keep(self, claim: Claim, reply: Reply) -> None:
-        options, store = self._there(claim.id)
+        options, desk = self._options, self._own
+        if options is None or desk is None:
+            return
+        store = desk.store
         name = claim.request.deployment
         verdict = judge(
             reply,
@@ -452,14 +564,14 @@ class Jobs:
             chance=random.random(),  # noqa: S311  it spreads retries, and hides nothing
         )
         if isinstance(verdict, Answered):
-            kept = await self._ask(store.finish, claim, reply, failed=verdict.failed)
+            kept = await desk.ask(store.finish, claim, reply, failed=verdict.failed)
             state = "failed" if verdict.failed else "done"
         elif isinstance(verdict, Again):
             counted, error = verdict.counted, verdict.error
-            await self._ask(store.put_off, claim, verdict.delay_s, counted=counted, error=error)
+            await desk.ask(store.put_off, claim, verdict.delay_s, counted=counted, error=error)
             return
         else:
-            kept, state = await self._ask(store.give_up, claim, verdict.error), "dead"
+            kept, state = await desk.ask(store.give_up, claim, verdict.error), "dead"
             log().error("job.dead", deployment=name, job=claim.id, error=verdict.error)
         if kept:
             self._count(name, state)
@@ -468,29 +580,34 @@ class Jobs:
     # Parts -----------------------------------------------------------------------------------------
 
     async def _ask(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        """Have the store's thread do something."""
-        if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, "jobs")
-        return await self._loop.run_in_executor(self._thread, lambda: function(*args, **kwargs))
+        """Ask the store for a caller. Raises `Overloaded` where too many do."""
+        if self._callers is None:
+            raise _not_found("")
+        if self._pending >= _MOST_PENDING:
+            raise Overloaded(
+                f"{self._pending} questions wait for the queue of jobs, all that are held at a time",
+                hint="send it again in a moment",
+            )
+        self._pending += 1
+        try:
+            return await self._callers.ask(function, *args, **kwargs)
+        finally:
+            self._pending -= 1
 
-    def _found(self) -> JobStore | None:
-        """The store, where there is one."""
-        if self._opened is None and (self._path is None or not self._path.exists()):
+    def _found(self, desk: _Asker | None) -> _Asker | None:
+        """Where the store is asked, where there is one."""
+        if desk is None or self._path is None or not (desk.opened or self._path.exists()):
             return None
-        return self._store()
+        return desk
 
-    def _store(self) -> JobStore:
-        if self._opened is None:
-            if self._open is None or self._path is None:
-                raise _not_found("")
-            self._opened = self._open(self._path)
-        return self._opened
-
-    def _there(self, job_id: str = "") -> tuple[Options, JobStore]:
-        """Options and store, for a job that there may be. Raises `JobNotFound`."""
-        if self._options is None or (job_id and (len(job_id) != _ID_CHARACTERS or self._found() is None)):
+    def _there(self, job_id: str = "") -> tuple[Options, _Asker]:
+        """Options, and where the store is asked, for a job that there may be. Raises `JobNotFound`."""
+        options, desk = self._options, self._callers
+        if options is None or desk is None:
             raise _not_found(job_id)
-        return self._options, self._store()
+        if job_id and (len(job_id) != _ID_CHARACTERS or self._found(desk) is None):
+            raise _not_found(job_id)
+        return options, desk
 
     def _known(self, job: Job | None, job_id: str, owner: str) -> Job:
         if job is None or job.owner != owner:

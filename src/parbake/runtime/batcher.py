@@ -279,6 +279,20 @@ class Batcher:
         else:
             self._keep_sweeping()
 
+    def check_alone(self, rows: int, limit_s: float) -> None:
+        """Raise `Overloaded` where so many rows would take longer than that even with nobody ahead of them.
+
+        As `submit` refuses them when that is all the time they have.
+        """
+        alone_s = _MARGIN * self.cost.waiting_s(1, rows)
+        # As there: a single row always goes, and what was learned long ago is no ground.
+        if rows > 1 and alone_s > limit_s and perf_counter() - self._learned < _STALE_S:
+            raise Overloaded(
+                f"the answer would take about {alone_s * 1e3:.0f} ms, the deadline is in {limit_s * 1e3:.0f} ms",
+                hint="send less, add runners, or allow more time",
+                retry_after_s=max(alone_s, 0.05),
+            )
+
     def expect(self) -> None:
         """Queue, at the end of this turn, what is put into `arriving` until then; call it before the first is.
 

@@ -13,20 +13,22 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Final, Literal
 
-from parbake.errors import DeadlineExceeded, ParbakeError
+from parbake.errors import DeadlineExceeded, NotReady, Overloaded, ParbakeError
 from parbake.logs import log
 from parbake.runtime.batcher import Scheduler, Timer
 from parbake.serving.fallback import RESCUED, Asked
 from parbake.serving.model import Answer
 from parbake.serving.observer import KeyTurns, Observer
 from parbake.serving.route import NO_HINTS, Chooser, Hints, Route, Row, Watch, first_row
-from parbake.serving.service import ServedVersion
+from parbake.serving.service import ServedVersion, patient
 from parbake.serving.shadow import Copy, ShadowCounts, Shadows
 
 Role = Literal["answers", "shadow"]
 Replied = Callable[[ServedVersion, Answer | ParbakeError], None]
 
 _CHAMPION: Final = "champion"
+_FULL: Final = (Overloaded, DeadlineExceeded, NotReady)
+"""Errors of too little room or time."""
 _SHARE: Final = 0.1
 """Part of the deadline that the champion gets at least where another version was asked before it."""
 
@@ -101,7 +103,7 @@ class Routed:
         """Have a request answered; ``done`` is called once, now or later, with the version that answered or failed."""
         served, row = self.choose(asked, hints)
         key = self.chooser.stuck_to(row, hints)
-        route, observer = self.route, self.observer(served)
+        route, watching = self.route, self.observer(served)
         rescues = route.rescue and served is not self.champion
         deadline = asked.deadline
         timer: Timer | None = None
@@ -116,6 +118,8 @@ class Routed:
             if timer is not None:
                 timer.cancel()
             if isinstance(result, ParbakeError):
+                # One whose caller does not wait gives way to all others: that is no failure of the version.
+                observer = None if isinstance(result, _FULL) and patient(asked.caller) else watching
                 if observer is not None:
                     observer.failed(key)
                 if rescues and isinstance(result, RESCUED) and not (asked.caller and asked.caller.closed):
@@ -133,10 +137,10 @@ class Routed:
                 return
             done(served, result)
             try:
-                if observer is not None:
-                    self._observe(observer, asked, result, request_id, key)
+                if watching is not None:
+                    self._observe(watching, asked, result, request_id, key)
                     if rescues:
-                        observer.pair(saved=False)
+                        watching.pair(saved=False)
                 if route.shadows:
                     self._mirror(served, row, asked, result, key)
             except Exception:
@@ -144,7 +148,7 @@ class Routed:
                 log().exception("route.not_observed", deployment=route.deployment)
 
         try:
-            if route.timeout_ms is not None and served is not self.champion:
+            if route.timeout_ms is not None and served is not self.champion and not patient(asked.caller):
                 limit_s = route.timeout_ms / 1000
                 deadline = min(deadline, asked.arrived + limit_s)
                 timer = self._loop.call_later(limit_s, lambda: finished(_timed_out(served, limit_s)))
@@ -187,6 +191,8 @@ class Routed:
             observer.failed(key)
         else:
             seconds = perf_counter() - asked.arrived
+            if patient(asked.caller):
+                seconds -= answer.queue_s
             observer.answered(seconds, asked.raws, asked.rows, asked.shapes, answer, request_id, key)
 
     def _rescue(

@@ -29,6 +29,11 @@ Mode = Literal["dynamic", "static", "hybrid"]
 Done = Callable[[Answer | ParbakeError], None]
 
 
+def patient(caller: Caller | None) -> bool:
+    """Whether nobody waits for the answer: what passes before the model begins says nothing about the version."""
+    return getattr(caller, "patience_s", 0.0) > 0
+
+
 class ServedVersion:
     """One version of a deployment, as one front serves it.
 
@@ -432,6 +437,9 @@ class ServedVersion:
     ) -> None:
         if self.batcher is None:
             raise NotReady(f"model {self.name!r} is not loaded", retry_after_s=1.0)
+        if rows > 1 and patient(caller):
+            # It may wait as long as it likes. Its batch may not: others stand behind it.
+            self.batcher.check_alone(rows, self.deadline_s)
 
         def finished(job: Job) -> None:
             if job.error is not None:

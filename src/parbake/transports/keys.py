@@ -119,6 +119,16 @@ class Gate:
             key = headers.get(b"x-api-key", b"")
         return self.holder_of(key.strip().decode("latin-1"))
 
+    def named(self, name: str) -> Holder:
+        """Who asked some time ago, by the name. Raises `Unauthenticated` where no key of that name is in force."""
+        for holder in self._holders.values():
+            if holder.name == name:
+                return holder
+        raise Unauthenticated(
+            f"there is no API key of {name!r} any more" if name else "this was asked for without an API key",
+            hint="parbake keys list shows which clients have one",
+        )
+
     def holder_of(self, key: str) -> Holder:
         """Whose key this is. Raises `Unauthenticated`."""
         if not key:

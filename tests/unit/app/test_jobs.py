@@ -4,22 +4,50 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import Callable
+import threading
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from parbake.app.jobs import JobCounts, JobDepth, Jobs, options_of
-from parbake.errors import JobDead, JobNotFound, Overloaded, QueueAway
-from parbake.queue.model import Claim, Job, Reply, Request
-from parbake.queue.ports import JobStore
+from parbake.errors import JobCancelled, JobDead, JobNotFound, Overloaded, QueueAway
+from parbake.queue.clock import Clock
+from parbake.queue.model import Claim, Job, Options, Reply, Request
 from parbake.queue.sqlite import SqliteJobs
 from parbake.settings import QueueSettings
 
-SETTINGS = QueueSettings(jobs_at_once=2, job_lease_s=0.3, job_attempts=3)
+LEASE_S = 60.0
+SETTINGS = QueueSettings(jobs_at_once=2, job_lease_s=LEASE_S, job_attempts=3)
 REFUSED = Reply(503, (), b'{"error":"full","code":"overloaded"}')
 DOWN = Reply(503, (), b'{"error":"down","code":"runner_down"}')
+PATIENCE_S = 60.0
+"""Longest that a test waits: the machine may be busy."""
+
+
+@pytest.fixture(autouse=True)
+def _often(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_LOOK_S", "_POLL_S"):
+        monkeypatch.setattr(f"parbake.app.jobs.{name}", 0.01)
+
+
+class Hours:
+    """Time that passes when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.clock = Clock("boot", lambda: self.now)
+
+
+class Store(SqliteJobs):
+    """Tells its front when it is looked into."""
+
+    front: Front
+
+    def due_in_s(self) -> float | None:
+        self.front.looks += 1
+        return super().due_in_s()
 
 
 def request(words: str) -> Request:
@@ -29,51 +57,101 @@ def request(words: str) -> Request:
 class Front:
     """One front: answers by hand."""
 
-    def __init__(self, path: Path, settings: QueueSettings = SETTINGS) -> None:
+    def __init__(
+        self,
+        path: Path,
+        settings: QueueSettings = SETTINGS,
+        hours: Hours | None = None,
+        store: type[Store] = Store,
+    ) -> None:
         self.able = True
+        self.looks = 0
         self.asked: list[tuple[str, Callable[[Reply], None]]] = []
         self.gone: list[str] = []
-        self.store: JobStore = SqliteJobs(path)
-        self.jobs = Jobs(asyncio.get_running_loop(), lambda: (["eta"] if self.able else [], True))
+        self.hours = hours or Hours()
+        clock = self.hours.clock
+
+        def open_(path: Path) -> Store:
+            opened = store(path, clock=clock)
+            opened.front = self
+            return opened
+
+        loop = asyncio.get_running_loop()
+        self.jobs = Jobs(loop, lambda: (["eta"] if self.able else [], True), clock)
         self.jobs.answer = self.answer
-        self.jobs.configure(settings, path, lambda _: self.store, 1000)
+        self.jobs.configure(settings, path, open_, 1000)
 
     def answer(self, asked: Request, owner: str, done: Callable[[Reply], None]) -> Callable[[], None]:
         words = asked.body.decode()
         self.asked.append((words, done))
         return lambda: self.gone.append(words)
 
+    @property
+    def said(self) -> list[str]:
+        """What the requests say that have come."""
+        return [words for words, _ in self.asked]
+
     async def have(self, count: int) -> list[str]:
         """Wait until so many requests have come; gives what they say."""
-        for _ in range(2000):
-            if len(self.asked) >= count:
-                break
-            await asyncio.sleep(0.005)
-        return [words for words, _ in self.asked]
+        await until(lambda: len(self.asked) >= count)
+        return self.said
+
+    async def look(self) -> None:
+        """Wait until it has looked into the store, all of a turn long."""
+        seen = self.looks
+        await until(lambda: self.looks > seen + 1)
 
     def reply(self, at: int, words: str) -> None:
         self.asked[at][1](Reply(200, (), words.encode()))
 
-    def fall_silent(self) -> None:
+    async def fall_silent(self) -> None:
         """As if it had been killed."""
         assert self.jobs._working is not None
-        self.jobs._working.cancel()
+        async with self.jobs._turning:
+            # It may take more than one: `asyncio.wait_for` forgets one that comes in the moment that it ends.
+            while not self.jobs._working.done():
+                self.jobs._working.cancel()
+                await asyncio.sleep(0)
         self.able = False
+
+    async def end(self) -> None:
+        await self.jobs.drain(0)
+        await self.jobs.close()
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while not condition():
+            await asyncio.sleep(0.002)
 
 
 async def finished(front: Front, job: Job) -> Job:
     """The job as soon as it is finished."""
-    while not (now := await front.jobs.find(job.id, "", 10)).finished:
-        pass
-    return now
+    async with asyncio.timeout(PATIENCE_S):
+        while not (now := await front.jobs.find(job.id, "", 10)).finished:
+            pass
+        return now
+
+
+def run(test: Callable[[], Awaitable[None]]) -> None:
+    async def bounded() -> None:
+        async with asyncio.timeout(2 * PATIENCE_S):
+            await test()
+
+    asyncio.run(bounded())
 
 
 def test_a_job_that_takes_longer_than_its_lease_is_computed_once(tmp_path: Path) -> None:
-    async def run() -> None:
-        one, two = Front(tmp_path / "queue.db"), Front(tmp_path / "queue.db")
+    async def test() -> None:
+        hours = Hours()
+        one = Front(tmp_path / "queue" / "jobs.db", hours=hours)
         job = await one.jobs.take(request("a"), "", "")
         await one.have(1)
-        await asyncio.sleep(1.2)
+        two = Front(tmp_path / "queue" / "jobs.db", hours=hours)
+        for _ in range(4):
+            hours.now += 0.4 * LEASE_S
+            await one.look()
+            await two.look()
         assert two.asked == []
         one.reply(0, "A")
         assert (await finished(two, job)).state == "done"
@@ -81,177 +159,267 @@ def test_a_job_that_takes_longer_than_its_lease_is_computed_once(tmp_path: Path)
         with pytest.raises(JobNotFound):
             await two.jobs.result(job.id, "somebody else")
         for front in (one, two):
-            await front.jobs.drain(0.1)
-            await front.jobs.close()
+            await front.end()
 
-    asyncio.run(run())
+    run(test)
 
 
 def test_what_a_silent_front_computes_after_all_is_not_kept(tmp_path: Path) -> None:
-    async def run() -> None:
-        one, two = Front(tmp_path / "queue.db"), Front(tmp_path / "queue.db")
-        two.able = False
+    async def test() -> None:
+        hours = Hours()
+        one = Front(tmp_path / "queue" / "jobs.db", hours=hours)
         job = await one.jobs.take(request("a"), "", "")
         await one.have(1)
-        one.fall_silent()
-        two.able = True
+        await one.fall_silent()
+        two = Front(tmp_path / "queue" / "jobs.db", hours=hours)
+        hours.now += LEASE_S + 1
         assert await two.have(1) == ["a"]
         # It wakes up, and has an answer too.
         one.reply(0, "first computed")
-        await asyncio.sleep(0.2)
+        await until(lambda: not one.jobs._running)
         assert (await two.jobs.find(job.id, "")).state == "running"
         two.reply(0, "first kept")
         assert (await finished(two, job)).attempts == 2
         for front in (one, two):
             assert await front.jobs.result(job.id, "") == Reply(200, (), b"first kept")
-            await front.jobs.close()
+            await front.end()
 
-    asyncio.run(run())
+    run(test)
 
 
 def test_a_front_lets_go_of_what_somebody_else_has(tmp_path: Path) -> None:
-    async def run() -> None:
-        front = Front(tmp_path / "queue.db")
+    async def test() -> None:
+        front = Front(tmp_path / "queue" / "jobs.db")
         job = await front.jobs.take(request("a"), "", "")
         await front.have(1)
         # It stood still for longer than its lease.
-        other = SqliteJobs(tmp_path / "queue.db")
         front.able = False
-        with closing(sqlite3.connect(tmp_path / "queue.db")) as db, db:
+        with closing(sqlite3.connect(tmp_path / "queue" / "jobs.db", timeout=PATIENCE_S)) as db, db:
             db.execute("UPDATE jobs SET token = token + 1")
-        for _ in range(200):
-            if front.gone:
-                break
-            await asyncio.sleep(0.01)
+        front.hours.now += LEASE_S / 2
+        await until(lambda: front.gone)
         assert front.gone == ["a"]
         front.reply(0, "late")
-        await asyncio.sleep(0.05)
+        await front.look()
         assert (await front.jobs.find(job.id, "")).state == "running"
-        assert other.reply(job.id) is None
-        other.close()
-        await front.jobs.drain(0)
-        await front.jobs.close()
+        await front.end()
 
-    asyncio.run(run())
+    run(test)
+
+
+def test_what_becomes_of_a_job_is_nothing_to_one_of_the_same_number_in_another_queue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("parbake.app.jobs._AGAIN_S", 0.01)
+    full = True
+
+    class Full(Store):
+        def finish(self, claim: Claim, reply: Reply, *, failed: bool) -> bool:
+            if claim.request.body == b"hers":
+                if full:
+                    raise QueueAway("the disk is full")
+                return False
+            return super().finish(claim, reply, failed=failed)
+
+    async def test() -> None:
+        nonlocal full
+        front = Front(tmp_path / "queue" / "jobs.db", store=Full)
+        await front.jobs.take(request("hers"), "her", "")
+        await front.have(1)
+        front.reply(0, "hers")
+        # As where the queue is put aside, and begun anew.
+        with closing(sqlite3.connect(tmp_path / "queue" / "jobs.db", timeout=PATIENCE_S)) as db, db:
+            for table in ("jobs", "requests", "sqlite_sequence"):
+                db.execute(f"DELETE FROM {table}")
+        job = await front.jobs.take(request("his"), "", "")
+        assert await front.have(2) == ["hers", "his"]
+        full = False
+        await until(lambda: len(front.jobs._running) == 1)
+        front.reply(1, "his")
+        assert (await finished(front, job)).state == "done"
+        assert await front.jobs.result(job.id, "") == Reply(200, (), b"his")
+        await front.end()
+
+    run(test)
 
 
 def test_a_job_that_was_lost_has_a_front_for_itself(tmp_path: Path) -> None:
-    async def run() -> None:
-        one = Front(tmp_path / "queue.db")
+    async def test() -> None:
+        hours = Hours()
+        one = Front(tmp_path / "queue" / "jobs.db", hours=hours)
         for words in ("a", "b", "c"):
             await one.jobs.take(request(words), "", "")
         assert await one.have(2) == ["a", "b"]
-        one.fall_silent()
-        two = Front(tmp_path / "queue.db")
+        await one.fall_silent()
+        two = Front(tmp_path / "queue" / "jobs.db", hours=hours)
         assert await two.have(1) == ["c"]
-        # The leases end, and one of the two may be what ended the front.
-        await asyncio.sleep(0.5)
+        # The leases end, and one of the two may be what ended the front. That of the third goes on.
+        for _ in range(3):
+            hours.now += 0.4 * LEASE_S
+            await two.look()
         assert len(two.asked) == 1
         two.reply(0, "C")
         assert await two.have(2) == ["c", "a"]
-        await asyncio.sleep(0.3)
+        await two.look()
         assert len(two.asked) == 2
         two.reply(1, "A")
         assert await two.have(3) == ["c", "a", "b"]
         two.reply(2, "B")
         for front in (one, two):
-            await front.jobs.drain(0.5)
-            await front.jobs.close()
+            await front.end()
 
-    asyncio.run(run())
+    run(test)
 
 
-def test_refusals_are_tried_again_and_attempts_come_to_an_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("parbake.queue.service._FIRST_PAUSE_S", 0.01)
-
-    async def run() -> None:
-        front = Front(tmp_path / "queue.db")
+def test_refusals_are_tried_again_and_attempts_come_to_an_end(tmp_path: Path) -> None:
+    async def test() -> None:
+        front = Front(tmp_path / "queue" / "jobs.db")
         good, bad = [await front.jobs.take(request(words), "", "") for words in ("good", "bad")]
+
+        async def reply(words: str, at: int, reply: Reply) -> None:
+            def replied() -> bool:
+                # As long as it takes for every pause to be over.
+                front.hours.now += 1
+                return front.said.count(words) > at
+
+            await until(replied)
+            [done for said, done in front.asked if said == words][at](reply)
+
         for at in range(5):
-            await front.have(at + 1)
-            while [words for words, _ in front.asked].count("good") <= at:
-                await asyncio.sleep(0.005)
-            [done for words, done in front.asked if words == "good"][at](REFUSED)
+            await reply("good", at, REFUSED)
         for at in range(3):
-            while [words for words, _ in front.asked].count("bad") <= at:
-                await asyncio.sleep(0.005)
-            [done for words, done in front.asked if words == "bad"][at](DOWN)
-        while [words for words, _ in front.asked].count("good") < 6:
-            await asyncio.sleep(0.005)
-        [done for words, done in front.asked if words == "good"][5](Reply(200, (), b"at last"))
+            await reply("bad", at, DOWN)
+        await reply("good", 5, Reply(200, (), b"at last"))
         told = await finished(front, good)
         assert (told.state, told.attempts) == ("done", 1)
         assert (await finished(front, bad)).state == "dead"
-        with pytest.raises(JobDead, match="attempt 3 of 3 failed: 503 runner_down: down"):
+        with pytest.raises(JobDead, match="attempt 3 of 3 failed: 503 runner_down: down") as dead:
             await front.jobs.result(bad.id, "")
+        assert dead.value.hint == "send the request again"
         counts = await front.jobs.counts()
         assert counts is not None
         assert (counts.taken, counts.ended) == ({"eta": 2}, {"eta": {"done": 1, "dead": 1}})
-        await front.jobs.close()
+        front.able = False
+        await front.look()
+        gone = await front.jobs.take(request("gone"), "", "")
+        assert (await front.jobs.cancel(gone.id, "")).state == "cancelled"
+        with pytest.raises(JobCancelled) as cancelled:
+            await front.jobs.result(gone.id, "")
+        assert cancelled.value.hint == "send the request again"
+        await front.end()
 
-    asyncio.run(run())
+    run(test)
 
 
 def test_an_answer_that_cannot_be_kept_is_kept_when_it_can_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("parbake.app.jobs._AGAIN_S", 0.05)
+    monkeypatch.setattr("parbake.app.jobs._AGAIN_S", 0.01)
+    full = False
 
-    class Full(SqliteJobs):
-        full = False
-
+    class Full(Store):
         def finish(self, claim: Claim, reply: Reply, *, failed: bool) -> bool:
-            if self.full:
+            if full:
                 raise QueueAway("the disk is full")
             return super().finish(claim, reply, failed=failed)
 
-    async def run() -> None:
-        front = Front(tmp_path / "queue.db")
-        front.store = store = Full(tmp_path / "queue.db")
+    async def test() -> None:
+        nonlocal full
+        front = Front(tmp_path / "queue" / "jobs.db", store=Full)
         job = await front.jobs.take(request("a"), "", "")
         await front.have(1)
-        store.full = True
+        full = True
         front.reply(0, "A")
         # Longer than the lease: it goes on being renewed.
-        await asyncio.sleep(0.8)
+        for _ in range(4):
+            front.hours.now += 0.4 * LEASE_S
+            await front.look()
         assert (await front.jobs.find(job.id, "")).state == "running"
-        store.full = False
+        full = False
         assert (await finished(front, job)).attempts == 1
         assert len(front.asked) == 1
-        await front.jobs.close()
+        await front.end()
 
-    asyncio.run(run())
+    run(test)
 
 
 def test_a_front_that_drains_leaves_what_takes_too_long(tmp_path: Path) -> None:
-    async def run() -> None:
-        one = Front(tmp_path / "queue.db")
+    async def test() -> None:
+        one = Front(tmp_path / "queue" / "jobs.db")
         jobs = [await one.jobs.take(request(words), "", "") for words in ("a", "b", "c")]
         await one.have(2)
-        draining = asyncio.create_task(one.jobs.drain(0.4))
-        await asyncio.sleep(0.05)
         one.reply(0, "A")
-        await draining
+        await one.jobs.drain(1)
         assert one.gone == ["b"]
         # An answer that comes now is not taken from it.
         one.reply(1, "late")
         states = [await one.jobs.find(job.id, "") for job in jobs]
-        assert [(job.state, job.attempts) for job in states] == [("done", 1), ("queued", 0), ("queued", 0)]
-        assert len(one.asked) == 2
+        assert [(job.state, job.attempts) for job in states[1:]] == [("queued", 0), ("queued", 0)]
+        assert (states[0].state, len(one.asked)) == ("done", 2)
         await one.jobs.close()
-        two = Front(tmp_path / "queue.db")
+        two = Front(tmp_path / "queue" / "jobs.db")
         assert await two.have(2) == ["b", "c"]
-        await two.jobs.drain(0)
-        await two.jobs.close()
+        await two.end()
 
-    asyncio.run(run())
+    run(test)
+
+
+def test_a_store_that_is_held_up_does_not_hold_up_the_end(tmp_path: Path) -> None:
+    held = threading.Event()
+    claiming = threading.Event()
+
+    class Held(Store):
+        def claim(self, room: Mapping[str, int], most: int, options: Options, *, idle: bool) -> list[Claim]:
+            claiming.set()
+            assert held.wait(PATIENCE_S)
+            return super().claim(room, most, options, idle=idle)
+
+    async def test() -> None:
+        front = Front(tmp_path / "queue" / "jobs.db", store=Held)
+        job = await front.jobs.take(request("a"), "", "")
+        await until(claiming.is_set)
+        await asyncio.wait_for(front.jobs.drain(0.2), PATIENCE_S / 2)
+        assert not held.is_set()
+        held.set()
+        # What it has claimed meanwhile it does not begin.
+        await until(lambda: not front.jobs._turning.locked() and not front.jobs._running)
+        assert front.asked == []
+        assert (await front.jobs.find(job.id, "")).attempts == 0
+        await front.jobs.close()
+
+    run(test)
+
+
+def test_a_job_of_what_is_gone_by_now_is_left(tmp_path: Path) -> None:
+    async def test() -> None:
+        class Changing(Store):
+            def claim(
+                self, room: Mapping[str, int], most: int, options: Options, *, idle: bool
+            ) -> list[Claim]:
+                claims = super().claim(room, most, options, idle=idle)
+                # Another plan comes into force while the store is asked.
+                front.able = bool(changed)
+                changed.append(1)
+                return claims
+
+        changed: list[int] = []
+        front = Front(tmp_path / "queue" / "jobs.db", store=Changing)
+        job = await front.jobs.take(request("a"), "", "")
+        await until(lambda: changed)
+        await front.look()
+        assert front.asked == []
+        told = await front.jobs.find(job.id, "")
+        assert (told.state, told.attempts) == ("queued", 0)
+        front.able = True
+        assert await front.have(1) == ["a"]
+        await front.end()
+
+    run(test)
 
 
 def test_a_job_that_cannot_even_be_begun_fails_alone(tmp_path: Path) -> None:
-    async def run() -> None:
-        front = Front(tmp_path / "queue.db")
+    async def test() -> None:
+        front = Front(tmp_path / "queue" / "jobs.db")
 
         def answer(asked: Request, owner: str, done: Callable[[Reply], None]) -> Callable[[], None]:
             if asked.body == b"bad":
@@ -263,47 +431,112 @@ def test_a_job_that_cannot_even_be_begun_fails_alone(tmp_path: Path) -> None:
         assert await front.have(1) == ["good"]
         told = await finished(front, bad)
         assert (told.state, told.status) == ("failed", 500)
-        await front.jobs.drain(0)
-        await front.jobs.close()
+        await front.end()
 
-    asyncio.run(run())
+    run(test)
 
 
-def test_more_than_can_be_written_down_at_a_time_is_refused(
+def test_a_crowd_of_callers_is_refused_and_keeps_no_job_from_being_answered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("parbake.app.jobs._MOST_PENDING", 2)
+    held = threading.Event()
+    held.set()
 
-    async def run() -> None:
-        front = Front(tmp_path / "queue.db")
+    class Slow(Store):
+        def find(self, job_id: str) -> Job | None:
+            assert held.wait(PATIENCE_S)
+            return super().find(job_id)
+
+    async def test() -> None:
+        front = Front(tmp_path / "queue" / "jobs.db", store=Slow)
         taken = await asyncio.gather(
             *(front.jobs.take(request("a"), "", "") for _ in range(5)), return_exceptions=True
         )
         assert [isinstance(item, Overloaded) for item in taken] == [False, False, True, True, True]
-        assert isinstance(await front.jobs.take(request("a"), "", ""), Job)
-        await front.jobs.drain(0)
-        await front.jobs.close()
+        job = await front.jobs.take(request("b"), "", "")
+        await front.have(2)
+        held.clear()
+        asking = [asyncio.create_task(front.jobs.find(job.id, "")) for _ in range(2)]
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded):
+            await front.jobs.find(job.id, "")
+        for _ in range(4):
+            front.hours.now += 0.4 * LEASE_S
+            await front.look()
+        front.reply(0, "A")
+        front.reply(1, "B")
+        assert await front.have(3) == ["a", "a", "b"]
+        held.set()
+        assert {(await task).state for task in asking} == {"running"}
+        await front.end()
 
-    asyncio.run(run())
+    run(test)
+
+
+def test_nobody_is_kept_waiting_beyond_a_number_or_after_hanging_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("parbake.app.jobs._MOST_WATCHERS", 1)
+    monkeypatch.setattr("parbake.app.jobs._GONE_S", 0.01)
+
+    async def test() -> None:
+        front = Front(tmp_path / "queue" / "jobs.db")
+        job = await front.jobs.take(request("a"), "", "")
+        gone = False
+        waiting = asyncio.create_task(front.jobs.find(job.id, "", 60, lambda: gone))
+        await until(lambda: front.jobs._watched)
+        told = await asyncio.wait_for(front.jobs.find(job.id, "", 60), 30)
+        assert not told.finished
+        assert not waiting.done()
+        gone = True
+        await asyncio.wait_for(waiting, 30)
+        assert not front.jobs._watched
+        # There is a place again.
+        waiting = asyncio.create_task(front.jobs.find(job.id, "", 60))
+        await until(lambda: front.jobs._watched)
+        await front.have(1)
+        front.reply(0, "A")
+        assert (await waiting).state == "done"
+        await front.end()
+
+    run(test)
+
+
+def test_where_no_jobs_are_taken_any_more_those_that_were_are_answered(tmp_path: Path) -> None:
+    async def test() -> None:
+        one = Front(tmp_path / "queue" / "jobs.db")
+        job = await one.jobs.take(request("a"), "", "")
+        await one.have(1)
+        await one.end()
+        off = Front(tmp_path / "queue" / "jobs.db", QueueSettings(jobs_waiting=0))
+        assert not off.jobs.on
+        with pytest.raises(JobNotFound):
+            await off.jobs.take(request("b"), "", "")
+        assert await off.have(1) == ["a"]
+        off.reply(0, "A")
+        assert (await finished(off, job)).state == "done"
+        assert await off.jobs.result(job.id, "") == Reply(200, (), b"A")
+        await off.end()
+
+    run(test)
 
 
 def test_without_a_job_there_is_no_file_and_no_thread(tmp_path: Path) -> None:
-    async def run() -> None:
-        front = Front(tmp_path / "queue.db")
-        await asyncio.sleep(0.05)
-        with pytest.raises(JobNotFound):
-            await front.jobs.find("x" * 22, "", 5)
-        assert await front.jobs.counts() is None
-        assert front.jobs._thread is None
-        await front.jobs.drain(1)
-        await front.jobs.close()
+    async def test() -> None:
+        for settings in (SETTINGS, QueueSettings(jobs_waiting=0)):
+            front = Front(tmp_path / "queue" / "jobs.db", settings)
+            await asyncio.sleep(0.05)
+            with pytest.raises(JobNotFound):
+                await front.jobs.find("x" * 22, "", 5)
+            assert await front.jobs.counts() is None
+            assert front.jobs._own is not None
+            assert front.jobs._callers is not None
+            assert front.jobs._own._thread is front.jobs._callers._thread is None
+            await front.end()
         assert list(tmp_path.iterdir()) == []
-        off = Front(tmp_path / "queue.db", QueueSettings(jobs_waiting=0))
-        assert not off.jobs.on
-        with pytest.raises(JobNotFound):
-            await off.jobs.take(request("a"), "", "")
 
-    asyncio.run(run())
+    run(test)
 
 
 def test_counts_of_two_fronts_are_of_one_queue() -> None:
@@ -311,4 +544,4 @@ def test_counts_of_two_fronts_are_of_one_queue() -> None:
     two = JobCounts({"eta": JobDepth(1, 2, 3.0)}, 11, {"eta": 2}, {"eta": {"done": 1, "dead": 1}})
     assert one.plus(two) == JobCounts(two.depths, 11, {"eta": 3}, {"eta": {"done": 2, "dead": 1}})
     assert one.without_process().plus(two).ended == {"eta": {"done": 2, "dead": 1}}
-    assert options_of(SETTINGS).lease_s == 0.3
+    assert options_of(SETTINGS).lease_s == LEASE_S

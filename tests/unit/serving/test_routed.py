@@ -443,3 +443,45 @@ def test_answers_are_compared_within_the_tolerance_of_the_contract() -> None:
     assert (counts.rows, counts.same_rows, counts.difference, counts.largest) == (4, 2, 0.5, 0.5)
     counts.add(counts)
     assert (counts.rows, counts.agreement) == (8, 0.5)
+
+
+class Patient:
+    """Whoever asked for a job."""
+
+    closed = False
+    patience_s = 60.0
+
+
+def test_what_a_job_waits_says_nothing_about_the_version(tmp_path: Path) -> None:
+    watch = Watch(bins=Bins((5.0,)))
+    there = Deployment(tmp_path)
+    there.use(0, 1, watch=watch, timeout_ms=50)
+    there.models["2"].hold = True
+
+    def ask(caller: Patient | None, rows: int = 1) -> None:
+        now = perf_counter()
+        raw = struct.pack(f"<{2 * rows}f", *range(2 * rows))
+        asked = Asked([raw], rows, ((2,),), now + 60, caller, now, 2, "")
+        there.routed.predict(asked, lambda served, result: there.replies.append((served.version, result)))
+        there.loop.settle()
+
+    ask(Patient())
+    there.loop.elapse()
+    there.loop.settle()
+    assert there.replies == []
+    for go in there.models["2"].held:
+        go()
+    there.loop.settle()
+    assert [version for version, _ in there.replies] == ["2"]
+    observed = there.told.observers["2", "answers"].observation()
+    assert (observed.requests, observed.failures) == (1, 0)
+    # What its own rows take is another matter: nobody behind them is to wait that long.
+    batcher = there.versions["2"].batcher
+    assert batcher is not None
+    for rows in (1, 2, 4, 8):
+        batcher.cost.observe(rows, 5.0 * rows)
+    batcher._learned = perf_counter()
+    ask(Patient(), 8)
+    assert [version for version, _ in there.replies] == ["2", "1"]
+    observed = there.told.observers["2", "answers"].observation()
+    assert (observed.requests, observed.failures) == (1, 0)

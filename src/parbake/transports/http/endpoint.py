@@ -6,6 +6,7 @@ from time import perf_counter
 from typing import Final, Protocol
 
 from parbake.errors import InvalidInput, MalformedBody, ParbakeError
+from parbake.queue.service import AGAIN
 from parbake.runtime.waiting import HIGH, LOW, NORMAL
 from parbake.serving.fallback import RESCUED, Asked
 from parbake.serving.model import Answer
@@ -107,7 +108,8 @@ class PredictionEndpoint:
     def check(self, exchange: Exchange) -> bool:
         """Whether a request can be read and fits the contract; where it does not, the reply has been given."""
         try:
-            self.read(exchange)
+            call, _, _ = self.read(exchange)
+            self.check_alone(call.inputs.rows)
         except ParbakeError as error:
             self._fail(exchange, error)
             return False
@@ -115,6 +117,12 @@ class PredictionEndpoint:
             self._failed_unexpectedly(exchange)
             return False
         return True
+
+    def check_alone(self, rows: int) -> None:
+        """Raise `Overloaded` where the model would take too long for so many rows, and nothing else could answer."""
+        served = self._served
+        if served.batcher is not None and served.get is None and served.fallback is None:
+            served.batcher.check_alone(rows, served.deadline_s)
 
     def take(self, exchange: Exchange, call: InferCall, result: Answer | ParbakeError, parsed: float) -> None:
         """Reply with what this version said to a request that was read for all of its deployment."""
@@ -201,9 +209,12 @@ class PredictionEndpoint:
         self._served.refused(fail_unexpectedly(exchange).code, exchange.arrived)
 
     def _fail(self, exchange: Exchange, error: ParbakeError) -> None:
-        self._served.refused(error.code, exchange.arrived)
+        code = error.code
         error, number = shown(error, self._served.name)
         status, payload, headers = error_reply(error, number)
+        if not (exchange.patience_s and status in AGAIN):
+            # A job that is tried again was not refused.
+            self._served.refused(code, exchange.arrived)
         exchange.reply(status, payload, JSON, self._version + headers)
 
 

@@ -21,7 +21,7 @@ from parbake.queue.model import Form, Job, Reply, Request
 from parbake.transports.http.endpoint import PredictionEndpoint, fail_unexpectedly
 from parbake.transports.http.protocol import JSON, Exchange, Handler, Head, preferences
 from parbake.transports.http.routed import RoutedEndpoint
-from parbake.transports.keys import EVERYBODY, Holder, check_deployment
+from parbake.transports.keys import EVERYBODY, Gate, Holder, check_deployment
 
 _PREFIX: Final = "/v2/jobs/"
 _KEPT: Final = frozenset(
@@ -33,7 +33,18 @@ _KEPT: Final = frozenset(
         b"x-request-id",
     )
 )
-"""Headers that read the body, or show in the answer. Those that a route goes by are kept too; credentials are not."""
+"""Headers that read the body, or show in the answer. Those that a route goes by are kept too."""
+_NEVER: Final = frozenset(
+    (
+        b"authorization",
+        b"cookie",
+        b"idempotency-key",
+        b"prefer",
+        b"proxy-authorization",
+        b"x-api-key",
+    )
+)
+"""What is no business of a disk, or would make a job of the job, whatever a route goes by."""
 _OWN: Final = frozenset((b"content-length", b"connection", b"content-type"))
 _AGAIN: Final = (b"retry-after", b"1")
 _POST: Final = b"POST"
@@ -63,10 +74,11 @@ class JobBody(Struct, frozen=True):
 
 
 class JobPages:
-    """What callers ask of jobs in one front. ``handlers`` has who answers a path."""
+    """What callers ask of jobs in one front. ``gate`` has the API keys in force, where any are needed."""
 
-    def __init__(self, front: Front, answer: Handler) -> None:
+    def __init__(self, front: Front, answer: Handler, gate: Gate | None = None) -> None:
         self._front = front
+        self._gate = gate
         self._answer = answer
         self._tasks: set[asyncio.Task[None]] = set()
         front.jobs.answer = self.replay
@@ -74,7 +86,10 @@ class JobPages:
     # A request whose caller does not wait ----------------------------------------------------------
 
     def take(self, exchange: Exchange, parts: list[str], handlers: Mapping[bytes, Handler]) -> bool:
-        """Make a request for a prediction a job; False where it is none, or no jobs are taken."""
+        """Make a request for a prediction a job; False where it is none, or no jobs are taken.
+
+        ``handlers`` has who answers a path.
+        """
         match parts:
             case ["v2", "models", name, "infer"] | ["predict", name]:
                 version = ""
@@ -94,7 +109,7 @@ class JobPages:
         if not endpoint.check(exchange):
             return True
         key = _key(exchange)
-        kept = _KEPT | endpoint.headers if isinstance(endpoint, RoutedEndpoint) else _KEPT
+        kept = _KEPT | endpoint.headers - _NEVER if isinstance(endpoint, RoutedEndpoint) else _KEPT
         request = Request(
             name,
             version,
@@ -130,6 +145,9 @@ class JobPages:
         holder = exchange.head.holder or EVERYBODY
         wait_s = 0.0 if exchange.method == b"DELETE" else _wait_s(exchange)
 
+        def gone() -> bool:
+            return exchange.closed
+
         async def check() -> None:
             if holder.deployments:
                 check_deployment(holder, (await jobs.find(job_id, owner)).deployment)
@@ -139,12 +157,12 @@ class JobPages:
             if exchange.method == b"DELETE":
                 job = await jobs.cancel(job_id, owner)
             else:
-                job = await jobs.find(job_id, owner, wait_s)
+                job = await jobs.find(job_id, owner, wait_s, gone)
             exchange.reply(200, _shown(job), JSON, () if job.finished else (_AGAIN,))
 
         async def result() -> None:
             await check()
-            found = await jobs.result(job_id, owner, wait_s)
+            found = await jobs.result(job_id, owner, wait_s, gone)
             if isinstance(found, Job):
                 exchange.reply(202, _shown(found), JSON, (_AGAIN, (b"location", _url(job_id))))
                 return
@@ -162,15 +180,30 @@ class JobPages:
         head.headers = {**dict(request.headers), b"parbake-priority": b"low"}
         path = _path(request.form, request.deployment, request.version)
         head.finish(path + b"?" + request.query if request.query else path, _POST, True)
-        head.holder = Holder(owner) if owner else None
+        # Whatever was kept of it: a job never makes another one.
+        head.later, head.route = False, path
         desk = _Desk(done)
         exchange = Exchange()
         exchange.protocol, exchange.place, exchange.head = desk, 0, head
         exchange.body = request.body
         exchange.arrived = perf_counter()
         exchange.patience_s = self._front.jobs.patience_s
+        try:
+            head.holder = self._holder(owner, request.deployment)
+        except ParbakeError as error:
+            self._front.refuse(error)
+            exchange.fail(error)
+            return desk.leave
         self._answer(exchange)
         return desk.leave
+
+    def _holder(self, owner: str, deployment: str) -> Holder | None:
+        """Whose job it is, by the keys as they are now. Raises `Unauthenticated`, `NotAllowed`."""
+        if self._gate is None:
+            return Holder(owner) if owner else None
+        holder = self._gate.named(owner)
+        check_deployment(holder, deployment)
+        return holder
 
     # Later -----------------------------------------------------------------------------------------
 

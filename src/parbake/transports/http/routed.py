@@ -45,7 +45,8 @@ class RoutedEndpoint:
         """Whether a request can be read and fits the contract; where it does not, the reply has been given."""
         arm = self._arms[self._routed.champion.version]
         try:
-            self._reader.read(exchange)
+            call, _, _ = self._reader.read(exchange)
+            arm.check_alone(call.inputs.rows)
         except ParbakeError as error:
             arm.refuse(exchange, error)
             return False

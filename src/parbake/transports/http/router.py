@@ -80,7 +80,7 @@ class Router:
         self._memo = ReplyMemo()
         self._answering: dict[int, _Answering] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._jobs = JobPages(front, self.answer)
+        self._jobs = JobPages(front, self.answer, gate)
         self._fixed: dict[bytes, Callable[[Exchange], None]] = {
             b"/v2": self._server,
             b"/v2/": self._server,
