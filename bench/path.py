@@ -100,7 +100,7 @@ class Bench:
             stats=stats,
             recorder=recorder,
         )
-        front = SimpleNamespace(versions=lambda: [served], routed={})
+        front = SimpleNamespace(versions=lambda: [served], routed={}, jobs=SimpleNamespace())
         router = Router(cast(Any, front), ServerSettings(), cast(Any, None))
         site = Site(router.answer, Limits(), cast(asyncio.AbstractEventLoop, loop))
         self._loop = loop

@@ -39,7 +39,12 @@ def test_the_version_is_the_installed_one(parbake: Parbake) -> None:
 def test_an_unknown_command_says_where_to_look(parbake: Parbake) -> None:
     done = parbake("inspekt")
     assert done.returncode == Exit.USAGE
-    assert done.stderr == "error: no such command 'inspekt'\nhint: parbake --help shows what it takes\n"
+    assert done.stderr.splitlines() == [
+        "error: no such command 'inspekt'. Did you mean 'inspect'?",
+        "hint: parbake --help shows what it takes",
+    ]
+    done = parbake("xyzzy")
+    assert done.stderr == "error: no such command 'xyzzy'\nhint: parbake --help shows what it takes\n"
 
 
 def test_a_bundle_that_is_not_there_is_not_found(parbake: Parbake) -> None:
