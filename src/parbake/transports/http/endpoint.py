@@ -105,11 +105,14 @@ class PredictionEndpoint:
             priority = _priority(headers[b"parbake-priority"])
         return call, exchange.arrived + min(limits_s), priority
 
-    def check(self, exchange: Exchange) -> bool:
-        """Whether a request can be read and fits the contract; where it does not, the reply has been given."""
+    def check(self, exchange: Exchange, reader: PredictionEndpoint | None = None) -> bool:
+        """Whether a request can be read and fits the contract; where it does not, the reply has been given.
+
+        ``reader`` reads it where that is another version of the deployment.
+        """
         try:
-            call, _, _ = self.read(exchange)
-            self.check_alone(call.inputs.rows)
+            call, _, _ = (reader or self).read(exchange)
+            self._check_alone(call.inputs.rows)
         except ParbakeError as error:
             self._fail(exchange, error)
             return False
@@ -118,7 +121,7 @@ class PredictionEndpoint:
             return False
         return True
 
-    def check_alone(self, rows: int) -> None:
+    def _check_alone(self, rows: int) -> None:
         """Raise `Overloaded` where the model would take too long for so many rows, and nothing else could answer."""
         served = self._served
         if served.batcher is not None and served.get is None and served.fallback is None:

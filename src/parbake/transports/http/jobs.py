@@ -16,10 +16,10 @@ from msgspec import Struct
 
 from parbake.app.front import Front
 from parbake.app.jobs import LONGEST_KEY, LONGEST_WAIT_S
-from parbake.errors import InvalidInput, MethodNotAllowed, ParbakeError, RouteNotFound
+from parbake.errors import InvalidInput, ParbakeError, RouteNotFound
 from parbake.queue.model import Form, Job, Reply, Request
 from parbake.transports.http.endpoint import PredictionEndpoint, fail_unexpectedly
-from parbake.transports.http.protocol import JSON, Exchange, Handler, Head, preferences
+from parbake.transports.http.protocol import JSON, Exchange, Handler, Head, allow, preferences
 from parbake.transports.http.routed import RoutedEndpoint
 from parbake.transports.keys import EVERYBODY, Gate, Holder, check_deployment
 
@@ -134,13 +134,7 @@ class JobPages:
         methods = (b"GET", b"HEAD", b"DELETE") if not what else (b"GET", b"HEAD")
         if what not in ("", "result"):
             raise RouteNotFound(f"a job has no {what[:60]!r}", hint=f"GET {_PREFIX}{job_id[:60]}/result")
-        if exchange.method not in methods:
-            names = tuple(method.decode() for method in methods)
-            raise MethodNotAllowed(
-                f"{exchange.method.decode('latin-1')} {exchange.path[:200].decode('latin-1')}",
-                hint=f"use {', '.join(names)}",
-                methods=names,
-            )
+        allow(exchange, *methods)
         jobs, owner = self._front.jobs, exchange.client
         holder = exchange.head.holder or EVERYBODY
         wait_s = 0.0 if exchange.method == b"DELETE" else _wait_s(exchange)

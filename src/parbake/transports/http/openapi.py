@@ -137,7 +137,7 @@ class _Document:
                 "responses": self._answers(body, 400, 404, 405, 500, 503),
             },
             "delete": {
-                "summary": "Cancel a job that waits.",
+                "summary": "Cancel a job that waits, or remove one that is answered.",
                 "tags": ["jobs"],
                 "parameters": [name],
                 "responses": self._answers(body, 404, 405, 409, 500, 503),

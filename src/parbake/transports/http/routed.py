@@ -43,17 +43,7 @@ class RoutedEndpoint:
 
     def check(self, exchange: Exchange) -> bool:
         """Whether a request can be read and fits the contract; where it does not, the reply has been given."""
-        arm = self._arms[self._routed.champion.version]
-        try:
-            call, _, _ = self._reader.read(exchange)
-            arm.check_alone(call.inputs.rows)
-        except ParbakeError as error:
-            arm.refuse(exchange, error)
-            return False
-        except Exception:
-            arm.fail_unexpectedly(exchange)
-            return False
-        return True
+        return self._arms[self._routed.champion.version].check(exchange, self._reader)
 
     @property
     def headers(self) -> frozenset[bytes]:
