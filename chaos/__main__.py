@@ -127,7 +127,7 @@ def _options() -> argparse.ArgumentParser:
         default=0,
         metavar="TIMES",
         help="play a scenario so many times more where times or sizes alone were over their limits: machines of CI are"
-        " shared; what is wrong, lost or refused counts at once  [default: 0]",
+        " shared; what is wrong, lost or refused for another reason than want of time counts at once  [default: 0]",
     )
     parser.add_argument("--json", action="store_true", help="print what was found as JSON")
     parser.add_argument(

@@ -110,9 +110,9 @@ class Heard(Struct, frozen=True):
             counted[name] = counted.get(name, 0) + 1
         return counted
 
-    def but(self, *codes: str) -> int:
+    def but(self, *codes: str) -> list[Noted]:
         """Failures for other reasons than these codes."""
-        return sum(noted.code not in codes for noted in self.failed)
+        return [noted for noted in self.failed if noted.code not in codes]
 
     def outage_ms(self) -> float:
         """Longest time without a right answer, from the first request to the last."""

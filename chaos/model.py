@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from msgspec import Struct
 
-from chaos.load import Heard
+from chaos.load import Heard, Noted
+
+_LATE: Final = frozenset(("deadline_exceeded", "overloaded"))
+"""Refusals for want of time: a machine that stands still for a second has a part in them."""
 
 
 class NotTested(Exception):
@@ -107,6 +111,12 @@ def none(promise: str, got: float, *, measured: bool = False) -> Check:
     return Check(promise, "0", _number(got), "", got == 0, measured)
 
 
+def no_failures(promise: str, failed: Sequence[Noted]) -> Check:
+    """A promise that no request fails, or none in this way; about time alone where only deadlines stood in the way."""
+    late = bool(failed) and all(noted.code in _LATE for noted in failed)
+    return none(promise, len(failed), measured=late)
+
+
 def at_most(promise: str, got: float, most: float, unit: str = "", *, measured: bool = True) -> Check:
     """A promise with a limit that is not passed."""
     return Check(promise, f"at most {most:,g} {unit}".rstrip(), _number(got), unit, got <= most, measured)
@@ -117,9 +127,9 @@ def at_least(promise: str, got: float, least: float, unit: str = "", *, measured
     return Check(promise, f"at least {least:,g} {unit}".rstrip(), _number(got), unit, got >= least, measured)
 
 
-def held(promise: str, got: object) -> Check:
+def held(promise: str, got: object, *, measured: bool = False) -> Check:
     """A promise of a fact: something is so, or is there."""
-    return at_least(promise, bool(got), 1, measured=False)
+    return at_least(promise, bool(got), 1, measured=measured)
 
 
 def _number(got: float) -> float | None:

@@ -9,7 +9,7 @@ from typing import Final
 
 from chaos.bundles import TAIL, asking, function, multiplier
 from chaos.load import calling
-from chaos.model import Observed, Scenario, Stage, at_least, at_most, none
+from chaos.model import Observed, Scenario, Stage, at_least, at_most, no_failures, none
 from chaos.servers import is_there, server_memory_mb, status, wait_for
 from parbake.app.supervisor import Change
 from parbake.settings import Placement
@@ -78,7 +78,7 @@ def _swaps(stage: Stage, placement: Placement) -> Observed:
         stale += not within and noted.answer != at % 2
     p99_in, p99_out = _percentile(sorted(inside), 0.99), _percentile(sorted(outside), 0.99)
     checks = [
-        none("failed requests", len(heard.failed)),
+        no_failures("failed requests", heard.failed),
         none("answers of the old bundle after a swap, or of the new one before", stale),
         at_most("p99 in the swaps, of that outside", p99_in / p99_out, _SLOWER, "times"),
         at_most(f"growth of memory from the {_SETTLED}rd swap to the last", last_mb / first_mb - 1, _GROWTH),
@@ -125,9 +125,9 @@ def _drain(stage: Stage) -> Observed:
     under_way = [n for h in everybody for n in h.noted if n.began < told - 0.05 and n.ended > told]
     broken = [n for h in everybody for n in h.failed if n.status == 0]
     checks = [
-        none("requests under way that were not answered", sum(n.status != 200 for n in under_way)),
+        no_failures("requests under way that were not answered", [n for n in under_way if n.status != 200]),
         at_least("of those there were", len(under_way), 8),
-        none("errors in place of answers", sum(n.status > 0 for h in everybody for n in h.failed)),
+        no_failures("errors in place of answers", [n for h in everybody for n in h.failed if n.status > 0]),
         at_most(
             "connections closed between two requests: each at most once", len(broken), 16, measured=False
         ),

@@ -12,7 +12,7 @@ from typing import Final
 from bench.processes import cpu_seconds
 from chaos.bundles import TAIL, asking, body, multiplier
 from chaos.load import calling
-from chaos.model import NotTested, Observed, Scenario, Stage, at_most, held, none
+from chaos.model import NotTested, Observed, Scenario, Stage, at_most, held, no_failures, none
 from chaos.servers import memory_mb, sockets, status, wait_for
 from parbake.testing import Server, serving
 
@@ -99,7 +99,7 @@ def _slow(stage: Stage) -> Observed:
         time.sleep(max(stage.seconds - _TIMEOUT_S, 0.0))
     heard = calls["callers"]
     checks = [
-        none("failed requests of the other callers", len(heard.failed)),
+        no_failures("failed requests of the other callers", heard.failed),
         none("slow clients still connected 2 s after their time was up", left, measured=True),
         none("half requests that were not told 408", len(halves) - told),
         at_most("until the front has none of their sockets any more", given_back_s * 1e3, 1e3 * _TIMEOUT_S, "ms"),
@@ -144,7 +144,7 @@ def _idle(stage: Stage) -> Observed:
             ended = sum(map(_has_ended, connections))
     heard = calls["callers"]
     checks = [
-        none("failed requests of the other callers", len(heard.failed)),
+        no_failures("failed requests of the other callers", heard.failed),
         none("idle connections that were cut", ended),
         none("of 200 that asked at last, not answered", unanswered),
     ]
@@ -180,7 +180,7 @@ def _descriptors(stage: Stage) -> Observed:
             same = status(server).front_pids == (front,)
     heard = calls["callers"]
     checks = [
-        none("failed requests of those who were connected", len(heard.failed)),
+        no_failures("failed requests of those who were connected", heard.failed),
         at_most("a new caller is answered once the others have gone, after", fresh_s * 1e3, 1000, "ms"),
         held("the front is the same process", same),
     ]

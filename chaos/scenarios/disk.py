@@ -13,7 +13,7 @@ from typing import Final
 
 from chaos.bundles import BAKED, TAIL, asking, multiplier, table
 from chaos.load import calling
-from chaos.model import NotTested, Observed, Scenario, Stage, at_least, held, none
+from chaos.model import NotTested, Observed, Scenario, Stage, at_least, held, no_failures, none
 from chaos.servers import wait_for
 from parbake.testing import Server, serving
 from parbake.transports import client
@@ -75,7 +75,7 @@ def _log(stage: Stage) -> Observed:
             before = _rows_of_log(server, "written")
             again_s = wait_for(lambda: _rows_of_log(server, "written") > before, 15)
     checks = [
-        none("failed requests", len(calls["callers"].failed)),
+        no_failures("failed requests", calls["callers"].failed),
         at_least("rows that were dropped, and counted as such", dropped, 1, measured=False),
         at_least("written again when there was room", again_s < 15, 1),
     ]
@@ -108,7 +108,7 @@ def _bake(stage: Stage) -> Observed:
             rows_served = client.status(port=server.port).versions[0].table_rows
             time.sleep(0.3)
     checks = [
-        none("failed requests", sum(len(h.failed) for h in calls.heard.values())),
+        no_failures("failed requests", [n for h in calls.heard.values() for n in h.failed]),
         held("the bake failed, and said why", "the disk is full" in full.stderr and full.returncode != 0),
         none("exit status of the same command when there was room", again.returncode),
         at_least("rows of the table then", rows_served, _ROWS, measured=False),

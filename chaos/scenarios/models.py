@@ -7,7 +7,7 @@ from typing import Final
 
 from chaos.bundles import BAKED, POISON, TAIL, asking, function, multiplier, table
 from chaos.load import Calls, Stream, calling
-from chaos.model import Check, Observed, Scenario, Stage, at_least, at_most, held, none
+from chaos.model import Check, Observed, Scenario, Stage, at_least, at_most, held, no_failures, none
 from chaos.servers import memory_mb, version
 from parbake.testing import Server, serving
 
@@ -74,8 +74,8 @@ def _serve(stage: Stage, source: str, *streams: Stream, seconds: float) -> tuple
 
 def _nobody_else(calls: Calls) -> list[Check]:
     return [
-        none("failed requests for the other model", len(calls["other model"].failed)),
-        none("failed requests for baked rows", len(calls["baked rows"].failed)),
+        no_failures("failed requests for the other model", calls["other model"].failed),
+        no_failures("failed requests for baked rows", calls["baked rows"].failed),
         at_least("requests that they made meanwhile", len(calls["other model"].good), 100),
     ]
 
@@ -88,11 +88,11 @@ def _poison(stage: Stage) -> Observed:
     checks = [
         *_nobody_else(calls),
         none("answers to the poison row", len(poison.good)),
-        none("refusals of the poison row that are not row_quarantined", poison.but("row_quarantined", "runner_down")),
-        at_least("times that it was named", sum(n.code == "row_quarantined" for n in poison.noted), 2, measured=False),
-        none("its neighbours' failures that are not runner_down", neighbours.but("runner_down")),
+        no_failures("refusals of the poison row by another name", poison.but("row_quarantined", "runner_down")),
+        at_least("times that it was named", sum(n.code == "row_quarantined" for n in poison.noted), 2),
+        no_failures("its neighbours' failures that are not runner_down", neighbours.but("runner_down")),
         none("of those without Retry-After", sum(not n.retry_after for n in neighbours.failed)),
-        none("its neighbours' failures once it is known", sum(n.began > first for n in neighbours.failed)),
+        no_failures("its neighbours' failures once it is known", [n for n in neighbours.failed if n.began > first]),
         at_most("longest time without an answer for its neighbours", neighbours.outage_ms(), _BACK_MS, "ms"),
     ]  # fmt: skip
     return Observed(
@@ -112,11 +112,11 @@ def _hang(stage: Stage) -> Observed:
     checks = [
         *_nobody_else(calls),
         none("answers to the row that never comes back", len(stuck.good)),
-        none("its refusals by another name", stuck.but(*named)),
+        no_failures("its refusals by another name", stuck.but(*named)),
         none("callers left without any reply", sum(n.status <= 0 for h in calls.heard.values() for n in h.noted)),
-        none("its neighbours' failures by another name", neighbours.but(*named)),
-        held("the row was named", any(n.code == "row_quarantined" for n in stuck.noted)),
-        none("its neighbours' failures once it is known", sum(n.began > first for n in neighbours.failed)),
+        no_failures("its neighbours' failures by another name", neighbours.but(*named)),
+        held("the row was named", any(n.code == "row_quarantined" for n in stuck.noted), measured=True),
+        no_failures("its neighbours' failures once it is known", [n for n in neighbours.failed if n.began > first]),
         at_most(
             "longest time without an answer for its neighbours: its deadline, and a restart",
             neighbours.outage_ms(),
@@ -139,8 +139,8 @@ def _too_few(stage: Stage) -> Observed:
     checks = [
         *_nobody_else(calls),
         none("answers to the row that gets lost", len(lost.good)),
-        none("its failures that are not model_failed", lost.but("model_failed")),
-        none("failures of those who shared a batch with it", len(neighbours.failed)),
+        no_failures("its failures that are not model_failed", lost.but("model_failed")),
+        no_failures("failures of those who shared a batch with it", neighbours.failed),
         none("restarts", restarts),
     ]
     return Observed(list(calls.heard.values()), checks, {}, ("lost",))
@@ -174,8 +174,8 @@ def _leak(stage: Stage) -> Observed:
             renewed = measure(server)
     leaked_mb = _ROW_MB * len(calls["leaking model"].good)
     checks = [
-        none("failed requests for the other model", len(calls["other model"].failed)),
-        none("failed requests for the model that leaks", len(calls["leaking model"].failed)),
+        no_failures("failed requests for the other model", calls["other model"].failed),
+        no_failures("failed requests for the model that leaks", calls["leaking model"].failed),
         # It is looked at every second.
         at_most(f"memory of its process, with a limit of {_MOST_MB} MB", max(sizes), 1.5 * _MOST_MB, "MB"),
         at_least("processes that took the place of another", renewed, 1, measured=False),

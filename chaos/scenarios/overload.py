@@ -7,7 +7,7 @@ from typing import Final
 
 from chaos.bundles import TAIL, asking, function
 from chaos.load import Heard, calling
-from chaos.model import Observed, Scenario, Stage, at_least, at_most, none
+from chaos.model import Observed, Scenario, Stage, at_least, at_most, no_failures, none
 from chaos.servers import server_memory_mb
 from parbake.testing import serving
 
@@ -65,7 +65,7 @@ def _overload(stage: Stage) -> Observed:
         at_least("requests a second, of what can be answered", asked / peak, 0.9 * _TIMES, "times"),
         at_least("right answers a second, of the peak", _rate(crowd, 0.5) / peak, _SHARE),
         at_most("p99 of what was admitted: the deadline", p99, _DEADLINE_MS, "ms"),
-        none("failures by another name", crowd.but("overloaded", "deadline_exceeded")),
+        no_failures("failures by another name", crowd.but("overloaded", "deadline_exceeded")),
         none("of those without Retry-After", sum(not n.retry_after for n in crowd.failed)),
         at_most("growth of its memory after the first third", growth, _GROWTH),
     ]

@@ -13,7 +13,7 @@ from typing import Final
 from bench.processes import with_descendants
 from chaos.bundles import BAKED, TAIL, asking, multiplier, table
 from chaos.load import Calls, Heard, Stream, calling, silence_ms
-from chaos.model import Check, Observed, Scenario, Stage, at_least, at_most, held, none
+from chaos.model import Check, Observed, Scenario, Stage, at_least, at_most, held, no_failures, none
 from chaos.servers import is_there, status, version, wait_for
 from parbake.testing import Server, serving
 
@@ -51,8 +51,8 @@ def _callers(server: Server, connections: int = 2, *more: Stream) -> Iterator[Ca
 def _nobody_else(calls: Calls) -> list[Check]:
     """Neighbours have noticed nothing."""
     return [
-        none("failed requests for the other model", len(calls["other model"].failed)),
-        none("failed requests for baked rows", len(calls["baked rows"].failed)),
+        no_failures("failed requests for the other model", calls["other model"].failed),
+        no_failures("failed requests for baked rows", calls["baked rows"].failed),
         at_least("requests that they made meanwhile", len(calls["other model"].good), 100),
     ]
 
@@ -61,7 +61,7 @@ def _honest(heard: Heard, *codes: str) -> list[Check]:
     """Those who cannot be answered are told so by name, and when to come again."""
     words = " or ".join(codes)
     return [
-        none(f"refusals that are not {words}", heard.but(*codes)),
+        no_failures(f"refusals that are not {words}", heard.but(*codes)),
         none("of those without Retry-After", sum(not noted.retry_after for noted in heard.failed)),
     ]
 
@@ -127,7 +127,7 @@ def _of_spare(stage: Stage, number: signal.Signals) -> Observed:
     before = [noted for noted in heard.failed if noted.began < unnoticed]
     checks = [
         *_nobody_else(calls),
-        none("failed requests before a runner was killed too", len(before)),
+        no_failures("failed requests before a runner was killed too", before),
         *_honest(heard, "runner_down"),
         at_most(
             "longest time without an answer for its other rows, the runner killed too",
@@ -167,10 +167,10 @@ def _kill_front(stage: Stage) -> Observed:
             back_s.append(wait_for(lambda n=kills: status(server).front_restarts >= n))  # type: ignore[misc]
             time.sleep(min(1.0, stage.seconds / 4))
     everybody = list(calls.heard.values())
-    told = sum(noted.status > 0 for heard in everybody for noted in heard.failed)
+    told = [noted for heard in everybody for noted in heard.failed if noted.status > 0]
     checks = [
         none("fronts that did not come back", sum(map(math.isinf, back_s))),
-        none("errors in place of answers", told),
+        no_failures("errors in place of answers", told),
         at_most(
             "broken connections: each at most once a kill",
             _broken_connections(calls),
@@ -205,9 +205,9 @@ def _stop_front(stage: Stage) -> Observed:
     everybody = list(calls.heard.values())
     fresh_ms = calls["new connections"].outage_ms()
     checks = [
-        none("errors in place of answers", sum(
-            noted.status > 0 for heard in everybody for noted in heard.failed
-        )),
+        no_failures("errors in place of answers", [
+            noted for heard in everybody for noted in heard.failed if noted.status > 0
+        ]),
         at_most(
             "broken connections: each of its own at most once",
             _broken_connections(calls),
@@ -245,14 +245,14 @@ def _kill_supervisor(stage: Stage) -> Observed:
                 time.sleep(min(stage.seconds / 2, 2.0))
                 leaving = time.monotonic()
     everybody = list(calls.heard.values())
-    after = sum(back < n.began < n.ended < leaving for h in everybody for n in h.failed)
+    after = [n for h in everybody for n in h.failed if back < n.began < n.ended < leaving]
     hung = sum(noted.status == -2 for h in everybody for noted in h.failed)
     checks = [
         none(
             "of its processes left after 5 s", sum(map(is_there, pids)) if ended_s > 5 else 0, measured=True
         ),
         none("callers left waiting for an answer that never comes", hung),
-        none("requests failed after it was started again on the same port", after),
+        no_failures("requests failed after it was started again on the same port", after),
         at_least("answers after that", sum(n.began > back for h in everybody for n in h.good), 100),
     ]
     figures = {
@@ -274,8 +274,9 @@ def _stop_supervisor(stage: Stage) -> Observed:
         after = status(server)
     everybody = list(calls.heard.values())
     checks = [
-        none(
-            "failed requests, while it was stopped and when it went on", sum(len(h.failed) for h in everybody)
+        no_failures(
+            "failed requests, while it was stopped and when it went on",
+            [n for h in everybody for n in h.failed],
         ),
         at_least("answers", sum(len(h.good) for h in everybody), 300),
         none(

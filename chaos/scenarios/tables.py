@@ -14,7 +14,7 @@ from typing import Final
 
 from chaos.bundles import BAKED, TAIL, asking, multiplier, table
 from chaos.load import Calls, calling
-from chaos.model import Observed, Scenario, Stage, at_least, at_most, none
+from chaos.model import Observed, Scenario, Stage, at_least, at_most, no_failures, none
 from chaos.servers import status
 from parbake.app.supervisor import Change
 from parbake.testing import Server, serving
@@ -57,7 +57,7 @@ def _truncated(stage: Stage) -> Observed:
     everybody = list(calls.heard.values())
     other, its = calls["other model"], calls["rows of the table"]
     checks = [
-        none("failed requests for the other model", len(other.failed)),
+        no_failures("failed requests for the other model", other.failed),
         at_most("longest time without an answer for the other model", other.outage_ms(), _BACK_MS, "ms"),
         none("callers left without any reply", sum(n.status == -2 for h in everybody for n in h.noted)),
         none("fronts that ended over it", after.front_restarts - before.front_restarts),
@@ -73,7 +73,7 @@ def _deleted(stage: Stage) -> Observed:
         time.sleep(stage.seconds)
     everybody = list(calls.heard.values())
     checks = [
-        none("failed requests", sum(len(h.failed) for h in everybody)),
+        no_failures("failed requests", [n for h in everybody for n in h.failed]),
         at_least("answers to rows of the table", len(calls["rows of the table"].good), 100),
     ]
     return Observed(everybody, checks, {})
@@ -106,7 +106,7 @@ def _two_servers(stage: Stage) -> Observed:
     # The last bundle multiplies by the first of the factors.
     stale = sum(noted.began > settled and noted.answer > 0 for heard in everybody for noted in heard.noted)
     checks = [
-        none("failed requests", sum(len(h.failed) for h in everybody)),
+        no_failures("failed requests", [n for h in everybody for n in h.failed]),
         none("stale answers after the last reload", stale),
         at_least("answers", sum(len(h.good) for h in everybody), 200),
     ]

@@ -32,7 +32,7 @@ def chaos(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_it_breaks_a_server_and_writes_down_what_was_seen(tmp_path: Path) -> None:
-    done = chaos("kill-spare", "--quick", "--out", tmp_path)
+    done = chaos("kill-spare", "--quick", "--again", "2", "--out", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"^kill-spare +[1-9][\d,]+ .* held$", done.stdout, re.MULTILINE)
     assert "every promise held" in done.stdout
@@ -49,7 +49,7 @@ def test_it_breaks_a_server_and_writes_down_what_was_seen(tmp_path: Path) -> Non
 def test_without_a_folder_a_quick_run_leaves_the_page_as_it_is() -> None:
     page = ROOT / "docs" / "reliability.md"
     before = page.read_bytes()
-    done = chaos("too-few-rows", "--quick", "--json")
+    done = chaos("too-few-rows", "--quick", "--again", "2", "--json")
     assert done.returncode == 0, done.stdout + done.stderr
     (finding,) = json.loads(done.stdout)["findings"]
     assert finding["name"] == "too-few-rows"

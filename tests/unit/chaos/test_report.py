@@ -20,6 +20,7 @@ from chaos.model import (
     at_least,
     at_most,
     finding,
+    no_failures,
     none,
 )
 from chaos.report import Report, keep, page, show, verdict
@@ -73,7 +74,7 @@ def test_failures_are_counted_by_what_callers_were_told() -> None:
         "connection refused": 1,
         "no answer": 1,
     }
-    assert them.but("runner_down") == 3
+    assert [failed.status for failed in them.but("runner_down")] == [BROKEN, REFUSED, SILENT]
     assert them.wrong == 1
     assert len(them.good) == 1
 
@@ -95,6 +96,23 @@ def test_a_promise_holds_at_its_limit_and_not_beyond_it() -> None:
     assert at_least("x", 0.9, 0.9).held
     assert not at_least("x", 0.89, 0.9).held
     assert not at_least("x", float("nan"), 0.9).held
+
+
+@pytest.mark.parametrize(
+    ("codes", "is_held", "about_time"),
+    [
+        ((), True, False),
+        (("deadline_exceeded", "overloaded"), False, True),
+        (("deadline_exceeded", "runner_down"), False, False),
+        (("",), False, False),
+    ],
+)
+def test_a_failure_is_about_time_where_only_deadlines_stood_in_the_way(
+    codes: tuple[str, ...], is_held: bool, about_time: bool
+) -> None:
+    check = no_failures("x", [noted(1, 503, code) for code in codes])
+    assert (check.held, check.measured) == (is_held, about_time)
+    assert check.got == len(codes)
 
 
 def test_a_wrong_answer_breaks_a_promise_in_every_scenario() -> None:
