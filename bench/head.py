@@ -56,21 +56,21 @@ def run(
     if not traces:
         source = "traffic made up with a fixed seed (the traces of a shop's pages are not here)"
         traces = generated()
-    layers, examples = _LAYERS, _EXAMPLES
+    layers, examples, fresh_s = _LAYERS, _EXAMPLES, _FRESH_S
     if quick:
         traces = (Trace(traces[0].name, traces[0].keys[:5000]),)
-        layers, examples = 1, 32
+        layers, examples, fresh_s = 1, 32, 1.0
     table, figures, targets = _coverage(traces, say)
     say("packing a model of about 1 ms a row")
     trace = traces[0]
     rows = rows_of(trace.distinct)
     bundle = packed_network(folder / "network", layers, rows[:examples]).path
-    ageing = packed_network(folder / "ageing", layers, rows[:examples], freshness_s=_FRESH_S).path
+    ageing = packed_network(folder / "ageing", layers, rows[:examples], freshness_s=fresh_s).path
     second = packed_network(folder / "second", layers, rows[:examples], seed=8).path
     bodies = tuple(row_body(row) for row in rows)
     gain, gained, gain_figures = _gain(bundle, trace, bodies, seconds, say)
-    costs, costed, cost_figures = _costs(client, folder, bundle, rows, rounds, say)
-    idle, idled = _idle(bundle, ageing, rows, rounds, seconds, say)
+    costs, costed, cost_figures = _costs(client, folder, bundle, rows, rounds, min(seconds, 1.0), say)
+    idle, idled = _idle(bundle, ageing, fresh_s, rows, rounds, seconds, say)
     release, released = _release(bundle, second, trace, bodies, seconds, say)
     return Section(
         "head",
@@ -141,7 +141,13 @@ def _gain(
 
 
 def _costs(
-    client: Client, folder: Path, bundle: Path, rows: Any, rounds: int, say: Callable[[str], None]
+    client: Client,
+    folder: Path,
+    bundle: Path,
+    rows: Any,
+    rounds: int,
+    seconds: float,
+    say: Callable[[str], None],
 ) -> tuple[Table, list[Target], dict[str, Any]]:
     """Server CPU per request with something switched on, in ratio to without it: pairs, one after the other."""
     count = 1000
@@ -167,12 +173,12 @@ def _costs(
         ratios: list[float] = []
         with serving(bundle, workers=1, **without) as one, serving(bundle, workers=1, **with_) as other:
             # All of them have been asked for before it counts.
-            _put(other, bodies, range(count), 1.5)
+            _put(other, bodies, range(count), 1.5 * seconds)
             for number in range(rounds):
                 say(f"{what}, round {number + 1} of {rounds}")
-                before = client.put(one.port, _PATH, bodies, _CONNECTIONS, 1.0).requests_per_s
-                there = client.put(other.port, _PATH, bodies, _CONNECTIONS, 1.0).requests_per_s
-                after = client.put(one.port, _PATH, bodies, _CONNECTIONS, 1.0).requests_per_s
+                before = client.put(one.port, _PATH, bodies, _CONNECTIONS, seconds).requests_per_s
+                there = client.put(other.port, _PATH, bodies, _CONNECTIONS, seconds).requests_per_s
+                after = client.put(one.port, _PATH, bodies, _CONNECTIONS, seconds).requests_per_s
                 ratios.append(there / ((before + after) / 2))
         ratio = median(ratios)
         figures[what] = ratios
@@ -186,7 +192,13 @@ def _costs(
 
 
 def _idle(
-    bundle: Path, ageing: Path, rows: Any, rounds: int, seconds: float, say: Callable[[str], None]
+    bundle: Path,
+    ageing: Path,
+    fresh_s: float,
+    rows: Any,
+    rounds: int,
+    seconds: float,
+    say: Callable[[str], None],
 ) -> tuple[Table, list[Target]]:
     """What live requests feel of rows being baked again in idle moments, before they are too old: in pairs."""
     count = 1000
@@ -197,7 +209,7 @@ def _idle(
         serving(ageing, mode="hybrid", workers=1, head_rows=count) as busy,
     ):
         for server in (still, busy):
-            _put(server, bodies, range(count), 2 * _FRESH_S, _FEW)
+            _put(server, bodies, range(count), 2 * fresh_s, _FEW)
         before = _warmed(busy)
         started = time.monotonic()
         for number in range(rounds):
@@ -219,7 +231,7 @@ def _idle(
         for at, what in enumerate(
             (
                 "nothing to bake",
-                f"each row lasts {_FRESH_S:g} s, {baked:,.0f} rows/s baked again in idle moments",
+                f"each row lasts {fresh_s:g} s, {baked:,.0f} rows/s baked again in idle moments",
             )
         )
     )

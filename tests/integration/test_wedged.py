@@ -148,7 +148,8 @@ def test_a_report_about_the_process_before_does_not_kill_the_one_in_its_place(tm
             await asyncio.sleep(0.2)
             assert second.returncode is None
             pool.kill(runner.socket, time.monotonic())
-            assert await second.wait() == -signal.SIGKILL
+            # 255: somebody else was told its status first, which asyncio's watcher of children takes for unknown.
+            assert await second.wait() in (-signal.SIGKILL, 255)
         finally:
             await pool.close()
 
