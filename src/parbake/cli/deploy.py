@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from parbake.cli.exits import Exit
-from parbake.cli.options import BUNDLE, Command, json_option, server_options
+from parbake.cli.options import BUNDLE, Command, json_option, name_and_version, server_options
 from parbake.cli.output import emit_json, say
 from parbake.cli.release import show
 from parbake.errors import SettingsError
@@ -129,9 +129,8 @@ def command(
     from parbake.serving.route import Watch
     from parbake.transports import client
 
-    name, separator, number = version.partition("@")
-    if not (name and separator and number):
-        raise click.UsageError(f"{version!r} is not NAME@VERSION")
+    # An alias is the registry's; whoever brings a bundle says which number it gets.
+    name, number = name_and_version(version, aliases=bundle is None)
     kind, steps = _kind_and_steps(canary, ab, shadow=shadow, bandit=bandit)
     judged = {
         "--every": every != "0s",

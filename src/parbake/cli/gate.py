@@ -12,6 +12,7 @@ from parbake.cli.options import (
     VERSION_OR_BUNDLE,
     Command,
     json_option,
+    name_and_version,
     pickle_option,
     state_options,
     state_settings,
@@ -118,9 +119,7 @@ def command(
         from parbake.contract.signatures import read_trusted
 
         trusted = read_trusted(trusted_keys)
-    name, separator, number = version.partition("@")
-    if version and not (name and separator and number):
-        raise click.UsageError(f"{version!r} is not NAME@VERSION")
+    name, number = name_and_version(version) if version else ("", "")
     settings = state_settings(config, values)
     at, found = _at(settings, bundle)
     if found and not version:

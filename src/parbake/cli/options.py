@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import click
 from msgspec import Struct
 
-from parbake.errors import NotFound
+from parbake.errors import InvalidInput, NotFound
 from parbake.settings import (
     CONFIG_FILE,
     REGISTERED,
@@ -205,6 +205,22 @@ def state_settings(config: Path | None, values: Mapping[str, Any]) -> Settings:
         release=override(base.release, given(ReleaseSettings, values)),
         queue=base.queue,
     )
+
+
+def name_and_version(text: str, *, aliases: bool = False) -> tuple[str, str]:
+    """``NAME@3`` taken apart, or ``NAME@champion`` where ``aliases`` will do too. Raises `InvalidInput`."""
+    from parbake.release.registry import check_name, check_number, check_which
+
+    name, separator, which = text.removeprefix(REGISTERED).partition("@")
+    if not (name and separator and which):
+        known = f"{name}@3" if name else "price@3"
+        raise InvalidInput(f"{text[:200]!r} is not NAME@VERSION", hint=f"as in {known}")
+    check_name(name)
+    if aliases:
+        check_which(name, which)
+    else:
+        check_number(name, which)
+    return name, which
 
 
 def name_and_directory(table: str) -> tuple[str, str]:

@@ -63,6 +63,9 @@ def command(
     """
     from parbake.transports import client
 
+    if (why or who) and not changes:
+        given = "--why" if why else "--who"
+        raise click.UsageError(f"{given} is about a change: --set NAME=VALUE says which, as in --set hold=on")
     if changes:
         from parbake.app.releases import TuningChange
         from parbake.cli.gate import user

@@ -119,14 +119,40 @@ def parse_reference(text: str) -> Reference:
             f"{text[:200]!r} names no version",
             hint="models:/NAME@champion for an alias, models:/NAME@3 for a version",
         )
-    if not is_number(which):
-        check_alias(which)
+    check_which(name, which)
     return Reference(name, which)
 
 
 def is_number(which: str) -> bool:
     """Whether a text is the number of a version; else it is an alias."""
     return bool(_NUMBER.match(which))
+
+
+def check_number(name: str, number: str) -> None:
+    """Raise `InvalidInput` for what is no number of a version."""
+    if is_number(number):
+        return
+    raise InvalidInput(
+        f"{number[:80]!r} is no version: a version is a positive whole number",
+        hint=_meant(name, number) or f"as in {name}@4",
+    )
+
+
+def check_which(name: str, which: str) -> None:
+    """Raise `InvalidInput` for what is neither the number of a version nor can be an alias."""
+    if is_number(which):
+        return
+    if not NAME_PATTERN.match(which) or _RESERVED.match(which):
+        raise InvalidInput(
+            f"{which[:80]!r} is neither a version, which is a positive whole number, nor an alias",
+            hint=_meant(name, which) or f"as in {name}@4, or {name}@champion",
+        )
+
+
+def _meant(name: str, which: str) -> str:
+    """The version that somebody meant who wrote ``03`` or ``v3``; "" where it is none of these."""
+    found = re.fullmatch(r"v?0*([1-9][0-9]{0,9})", which, re.IGNORECASE)
+    return f"{name}@{found[1]}" if found else ""
 
 
 def check_name(name: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import cast
 
@@ -106,6 +107,33 @@ def test_what_is_mistyped_is_told_what_is_near(
 ) -> None:
     assert main(words) == Exit.USAGE
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "says", "hint"),
+    [
+        (["deploy", "eta@four", "{}"], "'four' is no version: a version is a positive whole", "as in eta@4"),
+        (["deploy", "eta@champion", "{}"], "'champion' is no version", "as in eta@4"),
+        (["deploy", "eta@03", "{}"], "'03' is no version", "eta@3"),
+        (["deploy", "eta@0", "{}"], "'0' is no version", "as in eta@4"),
+        (["deploy", "eta@v3"], "'v3' is neither a version", "eta@3"),
+        (["deploy", "eta@latest"], "nor an alias", "as in eta@4, or eta@champion"),
+        (["deploy", "eta@1/2"], "'1/2' is neither", "as in eta@4, or eta@champion"),
+        (["deploy", "eta"], "'eta' is not NAME@VERSION", "as in eta@3"),
+        (["deploy", "e ta@3"], "'e ta' cannot be a model's name", "letters, digits"),
+        (["gate", "{}", "--waive", "memory", "--why", "x", "--for", "eta@four"], "'four' is no version", "eta@4"),
+        (["serve", "models:/eta@03"], "'03' is neither a version", "eta@3"),
+        (["release", "eta", "--why", "the weekend"], "--why is about a change: --set NAME=VALUE", "--help"),
+        (["release", "eta", "--who", "ada"], "--who is about a change: --set NAME=VALUE", "--help"),
+    ],
+)  # fmt: skip
+def test_what_names_no_version_or_changes_nothing_is_refused_before_anybody_is_asked(
+    words: list[str], says: str, hint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([word.format(tmp_path) for word in words]) == Exit.USAGE
+    error, _, hinted = capsys.readouterr().err.partition("\nhint: ")
+    assert says in error
+    assert hint in hinted
 
 
 def test_ctrl_c_is_no_bug(failing: Fail, capsys: pytest.CaptureFixture[str]) -> None:
