@@ -145,6 +145,8 @@ class GateRefused(Conflict):
     """A version must not take traffic: checks failed that nobody has waived."""
 
     code = "gate_refused"
+    report: object = None
+    """The `parbake.release.gate.GateReport`, where whoever refused has said it."""
 
 
 class LeaseLost(Conflict):
@@ -430,6 +432,13 @@ class MissingExtra(ParbakeError):
         super().__init__(f"{what} is not installed", hint=f"pip install 'parbake[{extra}]'")
         self.extra = extra
 
+    @classmethod
+    def told(cls, message: str, *, hint: str = "", path: str = "") -> MissingExtra:
+        """As another process said it; which extra is in the hint."""
+        error = cls("", "")
+        ParbakeError.__init__(error, message, hint=hint, path=path)
+        return error
+
 
 class MissingProgram(ParbakeError):
     """A program that does the work is not installed."""
@@ -454,8 +463,9 @@ def by_code(code: str, message: str, *, hint: str = "", path: str = "") -> Parba
     pending: list[type[ParbakeError]] = [ParbakeError]
     while pending:
         kind = pending.pop()
-        # MissingExtra is made from other things than a message.
-        if kind.code == code and kind is not MissingExtra:
-            return kind(message, hint=hint, path=path)
+        if kind.code == code:
+            # It is made from other things than a message.
+            make = MissingExtra.told if kind is MissingExtra else kind
+            return make(message, hint=hint, path=path)
         pending.extend(kind.__subclasses__())
     return ParbakeError(message, hint=hint, path=path)

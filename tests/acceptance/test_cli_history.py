@@ -12,14 +12,22 @@ from parbake.release.database import open_database
 from parbake.release.model import Proposal, VerdictRecord, WaiverRecord
 from tests.conftest import Parbake
 
+DIGEST = "sha256:9b74c9897bac770ffc029102a200c5de"
+
 
 @pytest.fixture
 def released(tmp_path: Path) -> Path:
     """A working directory in which a release went wrong."""
     state = open_database(f"sqlite:///{tmp_path / '.parbake' / 'state.db'}")
-    state.record_waiver(WaiverRecord("eta", "4", "environment", "bob", "same wheels, built here"))
+    state.record_waiver(
+        WaiverRecord("eta", "4", "environment", "bob", "same wheels, built here", {"digest": DIGEST})
+    )
+    refused = {"bundle_digest": DIGEST, "checks": {"schema": "breaks callers", "memory": "too much"}}
+    state.record_change("release.refused", "eta", version="4", by="ana", why="at last", details=refused)
     begun = state.begin_release(
-        Proposal("eta", "4", "sha256:4", kind="canary", steps=(0.01, 1.0)), by="ana", why="fewer late orders"
+        Proposal("eta", "4", "sha256:41c2", kind="canary", steps=(0.01, 1.0)),
+        by="ana",
+        why="fewer late orders",
     )
     running = state.advance(begun, 0, by="controller")
     state.record_verdict(running, VerdictRecord("roll_back", "5.1 % fail, not 0.1 %"), by="judge")
@@ -35,18 +43,21 @@ def test_the_history_of_a_deployment_reads_from_top_to_bottom(parbake: Parbake, 
     titles, *lines = done.stdout.splitlines()
     assert titles.split("   ")[0] == "when (UTC)"
     assert [re.split(" {3,}", line)[1:] for line in lines] == [
-        ["eta@4", "waived environment", "bob", "same wheels, built here"],
-        ["eta@4", "begun (canary)", "ana", "fewer late orders"],
-        ["eta@4", "step 1: 1 % of the traffic", "controller"],
-        ["eta@4", "verdict: roll back", "judge", "5.1 % fail, not 0.1 %"],
-        ["eta@4", "rolled back", "controller", "5.1 % fail, not 0.1 %"],
+        ["eta@4", "9b74c9897bac", "waived environment", "bob", "same wheels, built here"],
+        ["eta@4", "9b74c9897bac", "refused: schema, memory", "ana", "at last"],
+        ["eta@4", "41c2", "begun (canary)", "ana", "fewer late orders"],
+        ["eta@4", "41c2", "step 1: 1 % of the traffic", "controller"],
+        ["eta@4", "41c2", "verdict: roll back", "judge", "5.1 % fail, not 0.1 %"],
+        ["eta@4", "41c2", "rolled back", "controller", "5.1 % fail, not 0.1 %"],
     ]
 
 
 def test_scripts_get_json_and_choose_what_they_see(parbake: Parbake, released: Path) -> None:
     events = json.loads(parbake("history", "--json").stdout)
     assert [event["what"] for event in events][-2:] == ["release.rolled_back", "parameters"]
-    assert events[1]["details"]["steps"] == [0.01, 1.0]
+    assert [event["digest"] for event in events[:3]] == [DIGEST, DIGEST, "sha256:41c2"]
+    assert (events[-2]["digest"], events[-1]["digest"]) == ("sha256:41c2", "")
+    assert events[2]["details"]["steps"] == [0.01, 1.0]
     assert len(json.loads(parbake("history", "eta", "--limit", "2", "--json").stdout)) == 2
     assert len(json.loads(parbake("history", "--since", "1h", "--json").stdout)) == len(events)
     for nothing in (("--since", "2999-01-01"), ("--since", "0s")):

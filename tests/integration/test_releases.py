@@ -20,8 +20,9 @@ from parbake.app.releases import Back, ReleaseStatus, TuningChange, Wanted
 from parbake.app.routes import RouteChange
 from parbake.contract.bundle import Goldens
 from parbake.contract.model import TensorSpec
-from parbake.errors import Conflict, GateRefused, ParbakeError, SettingsError, VersionNotFound
+from parbake.errors import Conflict, GateRefused, InvalidInput, ParbakeError, SettingsError, VersionNotFound
 from parbake.release.database import open_database
+from parbake.release.gate import GateReport
 from parbake.release.judge import Decision, Margins
 from parbake.serving.route import Arm, Route, Watch
 from parbake.testing import Server, serving
@@ -160,12 +161,26 @@ def test_a_version_with_other_predictions_is_rolled_back_and_the_reason_is_kept(
 
 def test_a_version_that_must_not_is_refused_with_what_speaks_against_it(tmp_path: Path) -> None:
     two = write_scaled(tmp_path / "2.bundle", 2).path
-    nobodys = write_scaled(tmp_path / "3.bundle", 3, owner="").path
+    nobodys = write_scaled(tmp_path / "3.bundle", 3, owner="")
+    foreign = write_function(tmp_path, "def predict(x):\n    raise ValueError('no')\n", name="other").path
     with served(tmp_path, two) as server:
-        with pytest.raises(GateRefused, match="metadata"):
-            deploy(server, nobodys)
+        with pytest.raises(GateRefused, match="metadata") as refused:
+            deploy(server, nobodys.path, why="tonight", by="ada")
+        report = refused.value.report
+        assert isinstance(report, GateReport)
+        assert [check.name for check in report.refused] == ["metadata"]
+        (event,) = events(tmp_path)
+        assert (event["what"], event["version"], event["by"], event["why"], event["digest"]) == (
+            "release.refused", "2", "ada", "tonight", nobodys.digest,
+        )  # fmt: skip
+        assert list(event["details"]["checks"]) == ["metadata"]
+        # The bundle of another model is refused as that, whatever the gate would find in it.
+        with pytest.raises(InvalidInput, match="is of another model: 'other'") as another:
+            deploy(server, foreign)
+        assert "parbake deploy other@2" in another.value.hint
+        assert "--breaking" not in str(another.value)
         assert factors(server) == {2}
-        found = deploy(server, nobodys, waive=("metadata",), why="tonight only", by="ada")
+        found = deploy(server, nobodys.path, waive=("metadata",), why="tonight only", by="ada")
         assert found.state == "live"
         assert "waiver" in history(tmp_path)
 
@@ -183,8 +198,16 @@ def test_what_breaks_callers_or_has_no_owner_is_released_by_force_and_stands_in_
     with served(tmp_path, two) as server:
         how = ("deploy", "scaled@2", str(wider), "--force", "--why", "agreed", "--port", str(server.port))
         refused = parbake(tmp_path, *how)
+        assert refused.returncode == 1
         assert "schema" in refused.stderr
         assert "metadata" not in refused.stderr
+        # A line for each check, as parbake gate has it, and how to let it pass.
+        lines = [line.split()[:2] for line in refused.stdout.splitlines()]
+        assert ["metadata", "waived"] in lines
+        assert ["schema", "failed"] in lines
+        assert "or --breaking; or --waive schema --why TEXT\n" in refused.stderr
+        assert "error: version '2' of 'scaled' must not take traffic: schema did not pass\n" in refused.stderr
+        assert [event["what"] for event in events(tmp_path)] == ["release.refused"]
         with pytest.raises(ValueError, match="needs a reason"):
             deploy(server, wider, breaking=True)
         done = parbake(tmp_path, *how, "--breaking", "--who", "ada")

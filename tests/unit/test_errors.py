@@ -9,7 +9,7 @@ import pytest
 
 from parbake import errors
 from parbake.cli.exits import EXITS, Exit, exit_of
-from parbake.errors import MissingExtra, ParbakeError, RunnerDown
+from parbake.errors import MissingExtra, ParbakeError, RunnerDown, by_code
 
 CLASSES = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, ParbakeError)]
 
@@ -59,4 +59,7 @@ def test_a_message_reads_what_then_where_then_what_to_do() -> None:
 
 
 def test_a_missing_extra_names_the_command_that_installs_it() -> None:
+    told = by_code("missing_extra", "pandas is not installed", hint="pip install 'parbake[sklearn]'")
+    assert isinstance(told, MissingExtra)
+    assert str(told) == str(MissingExtra("pandas", "sklearn"))
     assert MissingExtra("pandas", "sklearn").hint == "pip install 'parbake[sklearn]'"

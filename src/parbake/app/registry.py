@@ -13,7 +13,7 @@ from parbake.app.state import STATE_FILE, open_state, state_dir
 from parbake.contract.bundle import read_bundle
 from parbake.errors import Conflict, ParbakeError, RegisterRefused, SettingsError
 from parbake.release.bundles import BundleStore, Collected
-from parbake.release.registry import Registration, Registry, Version, parse_reference
+from parbake.release.registry import MemoryRegistry, Registration, Registry, Version, parse_reference
 from parbake.settings import Settings
 
 if TYPE_CHECKING:
@@ -59,6 +59,15 @@ def open_registry(url: str) -> Registry:
             f"{url!r} is no registry", hint="https://HOST of an MLflow server, or sqlite:///PATH"
         )
     return MlflowRegistry(calls)
+
+
+def registry_to_ask(url: str) -> Registry:
+    """The registry at a URL, for who only asks: one that was never made has nothing, with MLflow or without.
+
+    Raises `SettingsError`, `MissingExtra`.
+    """
+    path = Path(url.removeprefix(_SQLITE))
+    return MemoryRegistry(str(path)) if url.startswith(_SQLITE) and not path.exists() else open_registry(url)
 
 
 def open_bundles(place: str) -> BundleStore:
@@ -172,7 +181,7 @@ def logged_model(settings: Settings, text: str, folder: Path, *, allow_pickle: b
 
 def versions(settings: Settings, name: str) -> Sequence[Version]:
     """The versions of a model, oldest first. Raises `ModelNotFound`, `RegistryAway`."""
-    return open_registry(registry_url(settings)).versions(name)
+    return registry_to_ask(registry_url(settings)).versions(name)
 
 
 def who() -> str:

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -19,11 +21,23 @@ from parbake.app.inventory import keep_waivers
 from parbake.app.ledger import Owed
 from parbake.app.routes import RouteChange, RouteStatus
 from parbake.app.trial import Trial, Tuning, insist, tuned, tuning_of
-from parbake.errors import Conflict, GateRefused, InvalidInput, LeaseLost, NotFound, StateAway
+from parbake.contract.bundle import read_bundle
+from parbake.errors import (
+    Conflict,
+    GateRefused,
+    InvalidInput,
+    LeaseLost,
+    MissingExtra,
+    NotFound,
+    ParbakeError,
+    StateAway,
+    VersionNotFound,
+)
 from parbake.logs import log
 from parbake.release.gate import GateReport, make_waiver
 from parbake.release.judge import Judge, Margins, Verdict
-from parbake.release.model import OPEN, Kind, Parameters, Proposal, Release
+from parbake.release.model import OPEN, Details, Elsewhere, Kind, Parameters, Proposal, Release
+from parbake.release.registry import is_number, listed
 from parbake.serving.route import Watch
 from parbake.settings import REGISTERED
 
@@ -129,13 +143,18 @@ class Releases:
     async def deploy(self, name: str, wanted: Wanted) -> ReleaseStatus:
         """Put a version through the gate, and begin its release.
 
-        Raises `GateRefused` with what failed, `Conflict` where a release is under way or the version is there
-        already, `ModelNotFound`, and what loading the bundle raises; then nothing has changed for callers.
+        Raises `GateRefused` with what failed, which stands in the history too, `InvalidInput` for the bundle of
+        another model, `Conflict` where a release is under way or the version is there already, `NotFound`, and what
+        loading the bundle raises; then nothing has changed for callers.
         """
         began = time.perf_counter()
         source = wanted.bundle
         if wanted.bundle.startswith(REGISTERED):
-            taken = await self._supervisor.fetched(wanted.bundle)
+            self._supervisor.default_entry(name)
+            try:
+                taken = await self._supervisor.fetched(wanted.bundle)
+            except (NotFound, MissingExtra) as error:
+                raise await self._not_registered(name, wanted.version, error) from error
             wanted = msgspec.structs.replace(wanted, bundle=taken.path, version=taken.version)
         async with self._controller.lock(name):
             supervisor = self._supervisor
@@ -313,23 +332,36 @@ class Releases:
         if (trial := self._controller.trials.get(name)) is not None:
             return await self._kill(trial, change)
         status = await self._supervisor.set_route(name, change)
-        by, at = change.by or CONTROLLER, time.time()
         details = {"revision": status.revisions[-1].revision, "route": msgspec.to_builtins(status.route)}
-        away = bool(self._controller.ledger.away_since)
+        # It is in force.
+        await self._tell(
+            "its route was changed",
+            "route",
+            name,
+            by=change.by or CONTROLLER,
+            why=change.why,
+            details=details,
+        )
+        return msgspec.structs.replace(status, note=self._controller.note(name))
+
+    async def _tell(
+        self, owed: str, what: Elsewhere, name: str, *, version: str = "", by: str, why: str, details: Details
+    ) -> None:
+        """Have the history know what has happened; where the store is away later, and then with the time."""
+        at, away = time.time(), bool(self._controller.ledger.away_since)
 
         def write(state: State) -> None:
             nonlocal away
-            why = change.why
+            words = why
             if away or time.time() - at > _LATE_S:
                 moment = time.strftime("%H:%M:%S", time.gmtime(at))
-                why = f"{why} (at {moment} UTC{', while the store was away' if away else ''})".lstrip()
+                words = f"{why} (at {moment} UTC{', while the store was away' if away else ''})".lstrip()
             # It is tried again where the store is away only.
             away = True
-            state.record_change("route", name, by=by, why=why, details=details)
+            state.record_change(what, name, version=version, by=by, why=words, details=details)
 
-        # It is in force; making the store takes its time.
-        await self._controller.ledger.note(Owed(name, "its route was changed", write), _LATE_S)
-        return msgspec.structs.replace(status, note=self._controller.note(name))
+        # Making the store takes its time.
+        await self._controller.ledger.note(Owed(name, owed, write), _LATE_S)
 
     async def _kill(self, trial: Trial, change: RouteChange) -> RouteStatus:
         """The kill switch of a route that belongs to a release; the next step would undo what is done by hand."""
@@ -478,6 +510,13 @@ class Releases:
     async def _through_the_gate(self, name: str, against: str, wanted: Wanted) -> GateReport:
         supervisor = self._supervisor
         settings = supervisor.deployment_settings(name)
+        # First of all: what a gate finds in the bundle of another model, nobody need mend, or let pass.
+        if (other := await asyncio.to_thread(_model_in, wanted.bundle)) not in ("", name):
+            raise InvalidInput(
+                f"the bundle {wanted.bundle} is of another model: {other!r}, and the deployment is {name!r}",
+                hint=f"parbake deploy {other}@{wanted.version} releases it as what it is; "
+                f"parbake pack --name {name} if it was meant for {name!r}",
+            )
         who = wanted.by or CONTROLLER
         # Who breaks callers waives that check, so that it stands in the history and in the inventory.
         waived = dict.fromkeys((*wanted.waive, *(("schema",) if wanted.breaking else ())))
@@ -494,19 +533,47 @@ class Releases:
         )
         report = await ask_gate(asked, supervisor.pool)
         if not report.ok:
-            failed = [check for check in report.checks if check.verdict in ("failed", "unknown")]
-            raise GateRefused(
+            await self._tell(
+                "a version was refused", "release.refused", name, version=wanted.version, by=who, why=wanted.why,
+                details={
+                    "bundle_digest": report.digest,
+                    "bundle": wanted.bundle,
+                    "checks": {check.name: check.words for check in report.refused},
+                },
+            )  # fmt: skip
+            refusal = GateRefused(
                 f"version {wanted.version!r} of {name!r} must not take traffic: "
-                + "; ".join(f"{check.name}: {check.words}" for check in failed),
-                hint=next((check.hint for check in failed if check.hint), "")
-                or f"parbake gate {wanted.bundle} --against {against} shows all of it",
+                f"{', '.join(check.name for check in report.refused)} did not pass",
+                hint=f"parbake gate {wanted.bundle} --against {against} looks again, and releases nothing",
             )
-        if report.name != name:
-            raise InvalidInput(
-                f"the bundle is {report.name!r}, the deployment {name!r}",
-                hint="pack it under the deployment's name",
-            )
+            refusal.report = report
+            raise refusal
         return report
+
+    async def _not_registered(self, name: str, version: str, error: NotFound | MissingExtra) -> ParbakeError:
+        """Why the registry has no such version, with what the store of releases knows of it."""
+        if not is_number(version):
+            return error
+        ledger, releases = self._controller.ledger, list[Release]()
+        if ledger.is_open or ledger.is_there:
+            with contextlib.suppress(ParbakeError):
+                releases = list(await self._controller.ask(lambda state: state.releases(name)))
+        # What never came to answer anybody was not released.
+        sources = {
+            release.proposal.version: release.proposal.source
+            for release in releases
+            if release.state not in ("refused", "aborted")
+        }
+        source = sources.get(version, "")
+        if source:
+            known = f"version {version} of {name!r} was released from {source}"
+        else:
+            known = f"version {version} of {name!r} was never released here: {listed(list(sources))}"
+        path = "BUNDLE" if source.startswith(REGISTERED) else source or "BUNDLE"
+        hint = f"parbake deploy {name}@{version} {path} needs no registry; {error.hint}".rstrip("; ")
+        if isinstance(error, MissingExtra):
+            return MissingExtra.told(f"{known}; the registry cannot be asked: {error.message}", hint=hint)
+        return VersionNotFound(f"{error.message}; {known}", hint=hint)
 
     def _trial(self, name: str) -> Trial:
         trial = self._controller.trials.get(name)
@@ -531,6 +598,13 @@ class Releases:
             gate, seconds,
             trial.lease is not None, trial.tuning, self._controller.note(proposal.deployment),
         )  # fmt: skip
+
+
+def _model_in(bundle: str) -> str:
+    """The name in a bundle's contract; "" where it cannot be read, which the gate says better."""
+    with contextlib.suppress(ParbakeError, OSError):
+        return read_bundle(bundle, verify=False).contract.name
+    return ""
 
 
 def _requests(judge: Judge) -> tuple[int, int]:

@@ -131,10 +131,10 @@ def main() -> None:
 
 
 def _look(question: Look) -> Answer:
-    from parbake.app.registry import open_registry
+    from parbake.app.registry import registry_to_ask
     from parbake.release.registry import parse_reference
 
-    registry = open_registry(question.registry)
+    registry = registry_to_ask(question.registry)
     meanings: list[Meaning] = []
     for text in question.references:
         try:

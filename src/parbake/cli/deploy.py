@@ -12,7 +12,7 @@ from parbake.cli.exits import Exit
 from parbake.cli.options import BUNDLE, Command, json_option, name_and_version, server_options
 from parbake.cli.output import emit_json, say
 from parbake.cli.release import show
-from parbake.errors import SettingsError
+from parbake.errors import GateRefused, SettingsError
 from parbake.names import did_you_mean
 from parbake.serving.route import Loss
 from parbake.settings import REGISTERED
@@ -163,7 +163,11 @@ def command(
     except (ValueError, msgspec.ValidationError) as error:
         raise SettingsError(str(error), hint="parbake deploy --help") from error
     where: dict[str, Any] = {"port": port, "admin_url": admin_url, "token": token}
-    status = client.release(name, wanted, **where)
+    try:
+        status = client.release(name, wanted, **where)
+    except GateRefused as error:
+        _show_refusal(name, number, error, as_json=as_json)
+        raise
     if wait:
         status = _wait(name, status, where, quiet=as_json)
     if as_json:
@@ -171,6 +175,19 @@ def command(
     else:
         show(status)
     ctx.exit(Exit.REFUSED if status.state in ("rolled_back", "refused", "aborted") else Exit.DONE)
+
+
+def _show_refusal(name: str, version: str, error: GateRefused, *, as_json: bool) -> None:
+    """Print what the gate found, as `parbake gate` does."""
+    from parbake.cli.gate import show as show_gate
+    from parbake.release.gate import GateReport
+
+    if not isinstance(error.report, GateReport):
+        return
+    if as_json:
+        emit_json({"deployment": name, "version": version, "state": "refused", "gate": error.report})
+    else:
+        show_gate(error.report)
 
 
 def _wait(name: str, status: ReleaseStatus, where: dict[str, Any], *, quiet: bool) -> ReleaseStatus:

@@ -167,9 +167,11 @@ def show(report: GateReport) -> None:
     emit(
         f"{report.name or report.bundle}: {'may take traffic here' if report.ok else 'must not take traffic here'}"
     )
-    for check in report.checks:
-        if check.verdict == "failed" and check.hint:
-            say(f"{check.name}: {check.hint}")
+    for check in report.refused:
+        # What is not what was packed cannot be let pass, and then nothing else was reached.
+        waive = "" if report.never_waived else f"--waive {check.name} --why TEXT"
+        if check.hint or waive:
+            say(f"{check.name}: {plain('; or '.join(filter(None, (check.hint, waive))))}")
 
 
 def _show_evidence(check: Check) -> None:

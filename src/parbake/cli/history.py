@@ -17,6 +17,9 @@ from parbake.cli.output import emit_json, emit_table, say
 if TYPE_CHECKING:
     from parbake.release.model import Event
 
+_TITLES: Final = ("when (UTC)", "deployment", "digest", "what", "by", "why")
+_SCHEME: Final = "sha256:"
+_DIGEST: Final = 12
 _UNITS: Final = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
 
 
@@ -74,18 +77,21 @@ def command(name: str, since: float, limit: int, config: Path | None, as_json: b
     if not events:
         say(f"nothing happened to {name or 'any deployment'}" + (" since then" if since else ""))
         return
-    emit_table([_line(event) for event in events], ("when (UTC)", "deployment", "what", "by", "why"))
+    emit_table([_line(event) for event in events], _TITLES)
 
 
 def _line(event: Event) -> tuple[str, ...]:
     when = datetime.fromtimestamp(event.at, UTC).strftime("%Y-%m-%d %H:%M:%S")
     name = f"{event.deployment}@{event.version}" if event.version else event.deployment or "-"
-    return when, name, _what(event), event.by or "-", " ".join(event.why.split())
+    digest = event.digest.removeprefix(_SCHEME)[:_DIGEST]
+    return when, name, digest or "-", _what(event), event.by or "-", " ".join(event.why.split())
 
 
 def _what(event: Event) -> str:
     details = event.details
     match event.what:
+        case "release.refused" if details.get("checks"):
+            return f"refused: {', '.join(details['checks'])}"
         case "release.begun":
             return f"begun ({details['kind']})"
         case "release.advanced":

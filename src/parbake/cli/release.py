@@ -25,6 +25,9 @@ _STATES = {
 }
 
 
+_BY_THE_JUDGE: Final = (("roll_back", "rolled_back"), ("promote", "live"))
+"""What the judge said, and the state in which a release ends by it."""
+
 _SWITCHES: Final = {"on": True, "off": False}
 _UNITS: Final = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -101,11 +104,17 @@ def show(status: ReleaseStatus) -> None:
     verdict = status.verdict
     if verdict is None:
         return
-    emit(f"judge: {verdict.decision.value.replace('_', ' ')}: {plain(verdict.reason)}")
-    if verdict.evidence and any(status.requests):
+    under_way = status.state in ("running", "pending")
+    told = under_way or (verdict.decision.value, status.state) in _BY_THE_JUDGE
+    judge = "judge" if told else "before it ended, the judge said"
+    emit(f"{judge}: {verdict.decision.value.replace('_', ' ')}: {plain(verdict.reason)}")
+    # Where people ended it, what was compared until then has decided nothing.
+    if told and verdict.evidence and any(status.requests):
         champion, challenger = status.requests
         beside = f"version {status.against}" if status.against else "the version before"
-        emit(f"of {challenger:,} requests, beside {champion:,} of {beside}")
+        emit(
+            f"{'' if under_way else 'when it ended: '}of {challenger:,} requests, beside {champion:,} of {beside}"
+        )
         emit_table([_evidence(one) for one in verdict.evidence], _TITLES)
 
 

@@ -27,12 +27,12 @@ def command(name: str, show_progress: bool, as_json: bool, config: Path | None, 
 
     A version without a digest was registered by another tool: parbake pack makes a bundle of it.
     """
-    from parbake.app.registry import open_registry, registry_url
+    from parbake.app.registry import registry_to_ask, registry_url
 
     settings = state_settings(config, values)
     with stages("asking the registry", wanted=show_progress) as stage:
         stage(name or "all models")
-        registry = open_registry(registry_url(settings))
+        registry = registry_to_ask(registry_url(settings))
         found = [v for each in ([name] if name else registry.names()) for v in registry.versions(each)]
     if as_json:
         emit_json(found)

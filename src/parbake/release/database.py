@@ -316,6 +316,8 @@ class Database:
                 evidence=evidence,
             )
             details = {"waiver": number, "check": waiver.check}
+            if digest := waiver.evidence.get("digest"):
+                details["bundle_digest"] = digest
             _event(
                 connection,
                 now,
@@ -539,18 +541,16 @@ class Database:
     def history(self, deployment: str = "", *, since: float = 0.0, limit: int = 1000) -> Sequence[Event]:
         """See `State.history`."""
         query = (
-            sa.select(HISTORY).where(HISTORY.c.at >= since).order_by(HISTORY.c.id.desc()).limit(max(limit, 0))
+            sa.select(HISTORY, RELEASES.c.proposal)
+            .join(RELEASES, RELEASES.c.id == HISTORY.c.release, isouter=True)
+            .where(HISTORY.c.at >= since)
+            .order_by(HISTORY.c.id.desc())
+            .limit(max(limit, 0))
         )
         if deployment:
             query = query.where(HISTORY.c.deployment == deployment)
         with self._reading() as connection:
-            newest = [
-                Event(
-                    row.id, row.at, row.by, row.what, row.deployment, row.version, row.release, row.why,
-                    msgspec.json.decode(row.details),
-                )
-                for row in connection.execute(query)
-            ]  # fmt: skip
+            newest = [_event_of(row) for row in connection.execute(query)]
         return newest[::-1]
 
     def facts(self, deployment: str, version: str) -> Facts | None:
@@ -866,6 +866,16 @@ def _event(
         release=release,
         why=why,
         details=_json(details),
+    )
+
+
+def _event_of(row: Any) -> Event:
+    details = msgspec.json.decode(row.details)
+    digest = details.get("bundle_digest", "")
+    if not digest and row.proposal is not None:
+        digest = msgspec.json.decode(row.proposal, type=Proposal).bundle_digest
+    return Event(
+        row.id, row.at, row.by, row.what, row.deployment, row.version, row.release, row.why, details, digest
     )
 
 

@@ -81,6 +81,16 @@ class GateReport(Struct, frozen=True):
         return next((check for check in self.checks if check.name == name), None)
 
     @property
+    def refused(self) -> tuple[Check, ...]:
+        """Those that neither passed nor were waived."""
+        return tuple(check for check in self.checks if check.verdict in ("failed", "unknown"))
+
+    @property
+    def never_waived(self) -> bool:
+        """Whether something did not pass that cannot be let pass."""
+        return any(check.name == _NEVER_WAIVED for check in self.refused)
+
+    @property
     def waivers(self) -> tuple[Waiver, ...]:
         """Those that were needed."""
         return tuple(check.waiver for check in self.checks if check.waiver is not None)

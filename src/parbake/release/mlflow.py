@@ -112,8 +112,10 @@ class MlflowRegistry:
         try:
             found = ask(name, which)
         except Missing:
-            self.aliases(name)
-            raise no_version(name, which, self.where) from None
+            there = sorted(self.aliases(name))
+            if is_number(which):
+                there = [version.version for version in self._sorted(name)]
+            raise no_version(name, which, self.where, there) from None
         return self._version(found, {} if is_number(which) else {which: found.version})
 
     def alias(self, name: str, alias: str, version: str) -> None:
@@ -126,7 +128,8 @@ class MlflowRegistry:
         try:
             self._calls.set_alias(name, alias, version)
         except Missing:
-            raise no_version(name, version, self.where) from None
+            there = [one.version for one in self._sorted(name)]
+            raise no_version(name, version, self.where, there) from None
 
     def aliases(self, name: str) -> dict[str, str]:
         """As `Registry.aliases`."""

@@ -11,8 +11,8 @@ ReleaseState = Literal["pending", "running", "live", "rolled_back", "superseded"
 Ending = Literal["live", "rolled_back", "superseded", "refused", "aborted"]
 Action = Literal["promote", "hold", "roll_back"]
 
-Elsewhere = Literal["route", "alias"]
-"""What is changed elsewhere, and only told in the history."""
+Elsewhere = Literal["route", "alias", "release.refused"]
+"""What is changed elsewhere, or never came to be a release, and is only told in the history."""
 
 Details: TypeAlias = dict[str, Any]
 """What JSON can say. The store keeps it and does not look inside."""
@@ -156,6 +156,8 @@ class Event(Struct, frozen=True):
     """0 where it concerns none."""
     why: str = ""
     details: Details = {}
+    digest: str = ""
+    """Of the bundle that it is about; empty where it is about none, or that is not known."""
 
 
 Rewards: TypeAlias = dict[str, tuple[float, float]]

@@ -23,6 +23,7 @@ from parbake.settings import REGISTERED
 
 SCHEME: Final = REGISTERED
 _NUMBER: Final = re.compile(r"[1-9][0-9]{0,9}\Z")
+_LISTED: Final = 8
 _RESERVED: Final = re.compile(r"(latest|v?[0-9]+)\Z", re.IGNORECASE)
 
 
@@ -179,21 +180,28 @@ def no_model(name: str, where: str) -> ModelNotFound:
     )
 
 
-def no_version(name: str, which: str, where: str) -> VersionNotFound:
-    """The error of a version or an alias that there is not."""
+def no_version(name: str, which: str, where: str, there: Sequence[str]) -> VersionNotFound:
+    """The error of a version or an alias that there is not; ``there`` are those that there are."""
     what = "version" if is_number(which) else "alias"
     return VersionNotFound(
-        f"model {name!r} has no {what} {which[:80]!r} in the registry {where}",
+        f"model {name!r} has no {what} {which[:80]!r} in the registry {where}: {listed(there, what)}",
         hint=f"parbake versions {name} shows what there is",
     )
 
 
+def listed(there: Sequence[str], what: str = "version") -> str:
+    """``there are versions 1, 2, 3``, the last of them where there are many."""
+    if not there:
+        return f"there is no {what}"
+    several = f"are {what}{'es' if what.endswith('s') else 's'}" if len(there) > 1 else f"is {what}"
+    return f"there {several} {'..., ' if len(there) > _LISTED else ''}{', '.join(there[-_LISTED:])}"
+
+
 class MemoryRegistry:
-    """A registry in this process, for tests."""
+    """A registry in this process: for tests, and for who asks one that was never made."""
 
-    where = "memory"
-
-    def __init__(self) -> None:
+    def __init__(self, where: str = "memory") -> None:
+        self.where = where
         self._versions: dict[str, list[Version]] = {}
         self._aliases: dict[str, dict[str, str]] = {}
         self._lock = threading.Lock()
@@ -228,14 +236,15 @@ class MemoryRegistry:
         number = which if is_number(which) else self._aliases.get(name, {}).get(which, "")
         found = next((version for version in there if version.version == number), None)
         if found is None:
-            raise no_version(name, which, self.where)
+            known = [version.version for version in there] if is_number(which) else sorted(self.aliases(name))
+            raise no_version(name, which, self.where, known)
         return found
 
     def alias(self, name: str, alias: str, version: str) -> None:
         """As `Registry.alias`."""
         check_alias(alias)
         if not is_number(version):
-            raise no_version(name, version, self.where)
+            raise VersionNotFound(f"{version[:80]!r} is no version's number")
         self.version(name, version)
         with self._lock:
             self._aliases.setdefault(name, {})[alias] = version

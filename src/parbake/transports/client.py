@@ -13,7 +13,7 @@ import msgspec
 
 from parbake.app.routes import RouteChange, RouteStatus
 from parbake.app.supervisor import Change, Reloaded, Status
-from parbake.errors import ParbakeError, ServerNotFound, SettingsError, by_code
+from parbake.errors import GateRefused, ParbakeError, ServerNotFound, SettingsError, by_code
 from parbake.settings import REGISTERED
 from parbake.transports import statefile
 
@@ -198,4 +198,10 @@ def _refusal(error: urllib.error.HTTPError) -> ParbakeError:
         body: dict[str, Any] = json.loads(error.read())
     except ValueError:
         return ServerNotFound(f"the server answered {error.code}")
-    return by_code(str(body.get("code")), str(body.get("error")), hint=str(body.get("hint", "")))
+    refusal = by_code(str(body.get("code")), str(body.get("error")), hint=str(body.get("hint", "")))
+    if isinstance(refusal, GateRefused) and "gate" in body:
+        # It needs libraries that take their time to import.
+        from parbake.release.gate import GateReport
+
+        refusal.report = msgspec.convert(body["gate"], GateReport)
+    return refusal

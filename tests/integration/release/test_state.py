@@ -73,6 +73,7 @@ def test_a_release_goes_live_step_by_step_and_its_history_says_so(state: Databas
     assert words(state) == ["release.begun 4", "release.advanced 4", "release.advanced 4", "release.live 4"]
     first, _, third, _ = state.history("eta")
     assert (first.by, first.why, first.release) == ("ana", "fewer late orders", begun.id)
+    assert {event.digest for event in state.history("eta")} == {begun.proposal.bundle_digest} != {""}
     assert first.details["margins"] == {"failures": 0.01}
     assert (third.why, third.details["share"]) == ("no worse after 4000 requests", 0.25)
 

@@ -12,6 +12,7 @@ from typing import Any, cast
 import pytest
 
 from parbake.app.controller import Controller
+from parbake.app.follow import Taken
 from parbake.app.plan import PlanEntry
 from parbake.app.releases import Back, Releases, TuningChange, Wanted
 from parbake.app.routes import RouteChange, RouteStatus
@@ -22,14 +23,17 @@ from parbake.errors import (
     BundleMissing,
     Conflict,
     InvalidInput,
+    MissingExtra,
     ModelNotFound,
     ParbakeError,
     SettingsError,
     StateAway,
     StateTorn,
+    VersionNotFound,
 )
 from parbake.release.database import Database, open_database
 from parbake.release.model import Proposal, Release
+from parbake.release.registry import no_version
 from parbake.serving.route import Route
 from parbake.settings import DeploymentSettings, ServerSettings, Settings
 
@@ -49,6 +53,8 @@ class Fronts:
     """Those that were to be loaded."""
     unfit: set[str] = field(default_factory=set)
     """Deployments whose route cannot be changed."""
+    registry: ParbakeError = field(default_factory=lambda: ParbakeError("nobody is asked"))
+    """What asking for a version of the registry comes to."""
     earned_elsewhere: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -69,6 +75,9 @@ class Fronts:
 
     def has_route(self, name: str) -> bool:
         return name in self.routes
+
+    async def fetched(self, reference: str) -> Taken:
+        raise self.registry
 
     async def arrange(self, name: str, versions: Sequence[Arranged]) -> None:
         there = {entry.bundle for entry in self.served.get(name, ())}
@@ -169,6 +178,42 @@ def test_a_deploy_on_a_server_that_is_behind_follows_first(fronts: Fronts, state
         now = state.live("a")
         assert now is not None
         assert now.proposal.version == "2"
+
+    controlled(fronts, test)
+
+
+def test_a_version_that_is_not_to_be_had_is_told_with_those_that_are(fronts: Fronts, state: Database) -> None:
+    async def test(controller: Controller) -> None:
+        releases = Releases(controller)
+        live(state, "a", "2")
+        state.finish(state.begin_release(proposal("a", "3"), by="ada"), "aborted", by="ada")
+        fronts.registry = MissingExtra("MLflow", "mlflow")
+        with pytest.raises(MissingExtra) as refused:
+            await releases.deploy("a", Wanted("9", "models:/a@9"))
+        assert refused.value.message == (
+            "version 9 of 'a' was never released here: there are versions 1, 2; "
+            "the registry cannot be asked: MLflow is not installed"
+        )
+        assert refused.value.hint == (
+            "parbake deploy a@9 BUNDLE needs no registry; pip install 'parbake[mlflow]'"
+        )
+        with pytest.raises(
+            MissingExtra, match=r"version 2 of 'a' was released from /bundles/a-2; "
+        ) as refused:
+            await releases.deploy("a", Wanted("2", "models:/a@2"))
+        assert refused.value.hint.startswith("parbake deploy a@2 /bundles/a-2 needs no registry; ")
+        # An alias is the registry's alone.
+        with pytest.raises(MissingExtra, match=r"^MLflow is not installed"):
+            await releases.deploy("a", Wanted("champion", "models:/a@champion"))
+        fronts.registry = no_version("a", "9", "here", ["1", "2", "3"])
+        with pytest.raises(VersionNotFound) as unknown:
+            await releases.deploy("a", Wanted("9", "models:/a@9"))
+        assert unknown.value.message == (
+            "model 'a' has no version '9' in the registry here: there are versions 1, 2, 3; "
+            "version 9 of 'a' was never released here: there are versions 1, 2"
+        )
+        with pytest.raises(ModelNotFound, match="no deployment 'eta'"):
+            await releases.deploy("eta", Wanted("9", "models:/eta@9"))
 
     controlled(fronts, test)
 

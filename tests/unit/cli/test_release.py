@@ -5,13 +5,13 @@ from __future__ import annotations
 import click
 import pytest
 
-from parbake.app.releases import TuningChange
+from parbake.app.releases import ReleaseStatus, TuningChange
 from parbake.app.trial import Tuning, tuned, tuning_of
 from parbake.cli.deploy import _margin
 from parbake.cli.pictures import evidence_bar
-from parbake.cli.release import _change
+from parbake.cli.release import _change, show
 from parbake.errors import SettingsError
-from parbake.release.judge import Margins
+from parbake.release.judge import Decision, Evidence, Margins, Verdict
 from parbake.release.model import Parameters
 
 
@@ -65,6 +65,32 @@ def test_parameters_are_for_the_release_that_they_were_set_for_and_hold_stays() 
             tuned(none, 7, wrong)
     with pytest.raises(SettingsError, match="alpha"):
         Tuning(alpha=2).margins(Margins())
+
+
+@pytest.mark.parametrize(
+    ("state", "decision", "judge", "compared"),
+    [
+        ("running", Decision.HOLD, "judge: hold: not enough yet", "of 10 requests, beside 90 of version 1"),
+        ("rolled_back", Decision.ROLL_BACK, "judge: roll back: not enough yet",
+         "when it ended: of 10 requests, beside 90 of version 1"),
+        ("live", Decision.PROMOTE, "judge: promote: not enough yet",
+         "when it ended: of 10 requests, beside 90 of version 1"),
+        # By hand.
+        ("rolled_back", Decision.HOLD, "before it ended, the judge said: hold: not enough yet", ""),
+        ("rolled_back", Decision.PROMOTE, "before it ended, the judge said: promote: not enough yet", ""),
+        ("superseded", Decision.PROMOTE, "before it ended, the judge said: promote: not enough yet", ""),
+    ],
+)  # fmt: skip
+def test_what_the_judge_said_of_a_release_that_has_ended_is_not_shown_as_if_it_ran(
+    state: str, decision: Decision, judge: str, compared: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evidence = Evidence("failures", "", "1 % beside 1 %", 0.01, 0.01, 0.5, 2.0)
+    verdict = Verdict(decision, "not enough yet", (evidence,))
+    show(ReleaseStatus("eta", "2", "1", state, "canary", 0.1, 0, (0.1, 1.0), 0.0, verdict, (90, 10), "1"))
+    lines = capsys.readouterr().out.splitlines()
+    assert judge in lines
+    assert (compared in lines) == bool(compared)
+    assert any("1 % beside 1 %" in line for line in lines) == bool(compared)
 
 
 def test_evidence_is_a_bar_that_is_legible_without_colours() -> None:

@@ -49,6 +49,8 @@ class ErrorBody(msgspec.Struct, frozen=True, omit_defaults=True):
     path: str = ""
     hint: str = ""
     correlation_id: str = ""
+    gate: object = None
+    """All checks, where the gate refused a version."""
 
 
 def status_of(kind: type[ParbakeError]) -> int:
@@ -61,7 +63,8 @@ def error_reply(
 ) -> tuple[int, bytes, tuple[tuple[bytes, bytes], ...]]:
     """Status, body and extra headers."""
     message = f"{error.message} at {error.path}" if error.path else error.message
-    body = ErrorBody(message, error.code, error.path, error.hint, correlation_id)
+    report = error.report if isinstance(error, errors.GateRefused) else None
+    body = ErrorBody(message, error.code, error.path, error.hint, correlation_id, report)
     headers: tuple[tuple[bytes, bytes], ...] = ()
     if isinstance(error, Unavailable):
         # Whole seconds are all that the header knows.
