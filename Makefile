@@ -18,7 +18,7 @@ help: ## Show this list
 demo: $(VENV)/.demo ## Train, pack, bake and serve a real model, and measure it (ARGS=--once ends by itself)
 	@$(BIN)/python -m demo $(ARGS)
 
-demo-release: $(VENV)/.dev ## Release a bad version and a good one under traffic, and watch what the judge does
+demo-release: $(VENV)/.dev ## Release a bad version and a good one under traffic, and watch what the judge does (ARGS=--quick: half a minute)
 	@$(BIN)/python -m demo.release $(ARGS)
 
 test: $(VENV)/.dev ## Run all tests (ARGS="-k words" for some)

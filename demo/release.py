@@ -106,6 +106,7 @@ def _run(options: argparse.Namespace) -> None:
     def bundle(number: str) -> Path:
         return folder / f"digits-{number}.bundle"
 
+    _tell("Three versions of a model of digits are trained and packed; for the second, labels were mixed up.")
     with stages("training and packing three versions") as stage:
         for number, trees in (("1", small), ("2", 8 * small), ("3", small)):
             stage(f"version {number}")
@@ -117,26 +118,33 @@ def _run(options: argparse.Namespace) -> None:
         if not options.quick:
             _command("register", str(bundle(number)), state=state)
 
+    if not options.quick:
+        _tell("The first two are registered: look at the numbers that they get.")
     register("1")
     register("2")
+    _tell("Version 1 is served, and asked without a pause from here on: no request may fail.")
     first = str(bundle("1")) if options.quick else "models:/digits@1"
     with (
         serving(first, workers=1, mode="hybrid", state_dir=state) as server,
         _Watch(server, pace.window_s) as watch,
         pouring(_load(server, rows, options.connections)),
     ):
+        emit()
         emit(f"$ parbake serve {first} --mode hybrid --port {server.port}")
         time.sleep(pace.warm_s)
         while watch.requests < 3 * len(rows):
             # As long as it takes on a busy machine.
             time.sleep(0.1)
         watch.begin()
+        _tell("Version 2, worse for one scanner and slower, gets 20 %: watch the judge take it back.")
         _release(server, pace, "2", "rolled_back", "the new forest", bundle("2") if options.quick else None)
+        _tell("Version 3, which is sound, gets 20 %: watch the judge give it more, then all of the traffic.")
         register("3")
         _release(
             server, pace, "3", "live", "with the labels as they are", bundle("3") if options.quick else None
         )
         time.sleep(2 * pace.window_s)
+    _tell("What has happened stands in the history: who did what, with which bundle, and why.")
     _command("history", "digits", state=state)
     emit()
     before, lowest, alone = watch.coverage()
@@ -297,6 +305,13 @@ def _shares(counts: Sequence[tuple[int, int]]) -> list[float]:
             found.append(baked / rows)
             rows = baked = 0
     return found
+
+
+def _tell(words: str) -> None:
+    """What is about to happen, and what to look at."""
+    emit()
+    emit(f"# {words}")
+    sys.stdout.flush()
 
 
 def _command(*words: str, state: Path | None = None, refusable: bool = False) -> None:

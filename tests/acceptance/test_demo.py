@@ -79,6 +79,10 @@ def test_a_bad_version_is_taken_back_by_itself_a_good_one_goes_live_and_nobody_n
     # It ends with another status where a request fails, or where coverage falls.
     assert done.returncode == 0, done.stdout + done.stderr
     bad, good = done.stdout.split("$ parbake deploy")[1:]
+    # Each act says beforehand what there is to see.
+    said = [line for line in done.stdout.splitlines() if line.startswith("# ")]
+    assert len(said) == 5
+    assert "watch the judge take it back" in said[2]
     assert "digits: version 2 was rolled back\nversion 1 answers\n" in bad
     assert re.search(r"judge: roll back: outputs of post differ by 0\.\d+: more than 0\.1", bad)
     assert "digits: version 3 is live\n" in good

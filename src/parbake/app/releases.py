@@ -568,7 +568,8 @@ class Releases:
         if source:
             known = f"version {version} of {name!r} was released from {source}"
         else:
-            known = f"version {version} of {name!r} was never released here: {listed(list(sources))}"
+            known = f"version {version} of {name!r} was never released here"
+            known += f": {listed(list(sources))}" if sources else ""
         path = "BUNDLE" if source.startswith(REGISTERED) else source or "BUNDLE"
         hint = f"parbake deploy {name}@{version} {path} needs no registry; {error.hint}".rstrip("; ")
         if isinstance(error, MissingExtra):

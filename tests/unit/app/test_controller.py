@@ -212,6 +212,9 @@ def test_a_version_that_is_not_to_be_had_is_told_with_those_that_are(fronts: Fro
             "model 'a' has no version '9' in the registry here: there are versions 1, 2, 3; "
             "version 9 of 'a' was never released here: there are versions 1, 2"
         )
+        fronts.served["c"] = [entry_of("c", "1", "/bundles/c-1")]
+        with pytest.raises(VersionNotFound, match=r"version 9 of 'c' was never released here\n"):
+            await releases.deploy("c", Wanted("9", "models:/c@9"))
         with pytest.raises(ModelNotFound, match="no deployment 'eta'"):
             await releases.deploy("eta", Wanted("9", "models:/eta@9"))
 
