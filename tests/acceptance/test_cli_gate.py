@@ -57,6 +57,7 @@ def test_a_mismatch_is_refused_with_the_difference_and_goes_through_when_waived_
     assert "row 0, output y" in text
     assert done.stdout.endswith("doubler: must not take traffic here\n")
     assert "goldens: parbake check BUNDLE says" in done.stderr
+    assert "; or --waive goldens --why TEXT\n" in done.stderr
 
     waive = [word for name in ("metadata", "goldens", "environment") for word in ("--waive", name)]
     some = parbake("gate", foreign.path, *waive[:4], "--why", "a test", "--who", "me")
@@ -92,6 +93,7 @@ def test_an_altered_file_cannot_be_waived(parbake: Parbake, doubler_bundle: Stor
     done = parbake("gate", doubler_bundle.path)
     assert done.returncode == Exit.REFUSED
     assert "goldens.bin has SHA-256" in " ".join(done.stdout.split())
+    assert "--waive" not in done.stderr
     done = parbake("gate", doubler_bundle.path, "--waive", "digest", "--why", "please")
     assert done.returncode == Exit.USAGE
     assert done.stderr.startswith("error: the digest cannot be waived")

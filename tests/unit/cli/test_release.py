@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
+
 import click
 import pytest
 
 from parbake.app.releases import ReleaseStatus, TuningChange
 from parbake.app.trial import Tuning, tuned, tuning_of
-from parbake.cli.deploy import _margin
+from parbake.cli.deploy import _margin, _show_refusal
 from parbake.cli.pictures import evidence_bar
 from parbake.cli.release import _change, show
-from parbake.errors import SettingsError
+from parbake.errors import GateRefused, SettingsError
+from parbake.release.gate import Check, GateReport
 from parbake.release.judge import Decision, Evidence, Margins, Verdict
 from parbake.release.model import Parameters
 
@@ -91,6 +94,33 @@ def test_what_the_judge_said_of_a_release_that_has_ended_is_not_shown_as_if_it_r
     assert judge in lines
     assert (compared in lines) == bool(compared)
     assert any("1 % beside 1 %" in line for line in lines) == bool(compared)
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_what_the_gate_refuses_has_a_line_for_each_check_or_all_of_it_as_json(
+    as_json: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checks = (
+        Check("metadata", "failed", "no owner", hint="pack again with --purpose and --owner"),
+        Check("latency", "unknown", "not measured, as the model did not run"),
+        Check("schema", "passed", "the same for callers"),
+    )
+    refusal = GateRefused("version '3' of 'eta' must not take traffic")
+    refusal.report = GateReport("eta.bundle", "eta", "sha256:41c2", "", "", checks, False)
+    _show_refusal("eta", "3", refusal, as_json=as_json)
+    out, err = capsys.readouterr()
+    if as_json:
+        told = json.loads(out)
+        assert (told["deployment"], told["version"], told["state"], err) == ("eta", "3", "refused", "")
+        assert [check["verdict"] for check in told["gate"]["checks"]] == ["failed", "unknown", "passed"]
+        return
+    assert [line.split(maxsplit=2)[:2] for line in out.splitlines()[:3]] == [
+        ["metadata", "failed"], ["latency", "unknown"], ["schema", "passed"],
+    ]  # fmt: skip
+    assert err.splitlines() == [
+        "metadata: pack again with --purpose and --owner; or --waive metadata --why TEXT",
+        "latency: --waive latency --why TEXT",
+    ]
 
 
 def test_evidence_is_a_bar_that_is_legible_without_colours() -> None:
