@@ -14,6 +14,8 @@ from chaos.load import Heard, Noted
 
 _LATE: Final = frozenset(("deadline_exceeded", "overloaded"))
 """Refusals for want of time: a machine that stands still for a second has a part in them."""
+_FAR: Final = 5.0
+"""So many times over its limit, a time tells of a fault and not of a busy machine."""
 
 
 class NotTested(Exception):
@@ -30,8 +32,9 @@ class Check(Struct, frozen=True):
     """None for what never came."""
     unit: str
     held: bool
-    measured: bool = True
-    """Whether it is about a time or a size, which other programs on the machine have a part in."""
+    nearly: bool = False
+    """Of a time or a size, in which other programs have a part: within `_FAR` times its limit; of requests that
+    failed: nothing but the want of time stood in their way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +93,6 @@ class Finding(Struct, frozen=True):
     complaint: str = ""
     outage_ms: float = 0.0
     figures: dict[str, float | None] = {}
-    plays: int = 1
-    """How often it was played; all but the last time it was late and nothing else."""
     not_tested: str = ""
     """Why it could not be played here."""
 
@@ -101,35 +102,37 @@ class Finding(Struct, frozen=True):
         return all(check.held for check in self.checks)
 
     @property
-    def slow(self) -> bool:
-        """Whether only limits of times and sizes were passed: nothing was lost, wrong or forgotten."""
-        return not self.held and all(check.held or check.measured for check in self.checks)
+    def late(self) -> bool:
+        """Whether times and sizes alone were over their limits, and not far: nothing was lost, wrong or forgotten."""
+        return not self.held and all(check.held or check.nearly for check in self.checks)
 
 
-def none(promise: str, got: float, *, measured: bool = False) -> Check:
+def none(promise: str, got: float) -> Check:
     """A promise that something never happens."""
-    return Check(promise, "0", _number(got), "", got == 0, measured)
+    return Check(promise, "0", _number(got), "", got == 0)
 
 
 def no_failures(promise: str, failed: Sequence[Noted]) -> Check:
     """A promise that no request fails, or none in this way; about time alone where only deadlines stood in the way."""
     late = bool(failed) and all(noted.code in _LATE for noted in failed)
-    return none(promise, len(failed), measured=late)
+    return Check(promise, "0", _number(len(failed)), "", not failed, late)
 
 
 def at_most(promise: str, got: float, most: float, unit: str = "", *, measured: bool = True) -> Check:
     """A promise with a limit that is not passed."""
-    return Check(promise, f"at most {most:,g} {unit}".rstrip(), _number(got), unit, got <= most, measured)
+    wanted = f"at most {most:,g} {unit}".rstrip()
+    return Check(promise, wanted, _number(got), unit, got <= most, measured and got <= _FAR * most)
 
 
 def at_least(promise: str, got: float, least: float, unit: str = "", *, measured: bool = True) -> Check:
     """A promise with a limit that is reached."""
-    return Check(promise, f"at least {least:,g} {unit}".rstrip(), _number(got), unit, got >= least, measured)
+    wanted = f"at least {least:,g} {unit}".rstrip()
+    return Check(promise, wanted, _number(got), unit, got >= least, measured and got >= least / _FAR)
 
 
-def held(promise: str, got: object, *, measured: bool = False) -> Check:
+def held(promise: str, got: object) -> Check:
     """A promise of a fact: something is so, or is there."""
-    return at_least(promise, bool(got), 1, measured=measured)
+    return at_least(promise, bool(got), 1, measured=False)
 
 
 def _number(got: float) -> float | None:

@@ -28,6 +28,8 @@ def verdict(finding: Finding) -> str:
     """In a word or two."""
     if finding.not_tested:
         return "not tested here"
+    if finding.late:
+        return "late"
     return "held" if finding.held else "NOT HELD"
 
 
@@ -96,7 +98,7 @@ def page(report: Report) -> str:
             if f.not_tested
             else (f"{f.requests:,}", f"{sum(f.failed.values()):,}", f"{f.outage_ms:,.0f} ms")
         )
-        word = verdict(f) if f.held else f"**{verdict(f).lower()}**"
+        word = verdict(f) if f.held else "**not held**"
         lines.append(f"| [{f.broken}](#{f.name}) | {f.promised} | {' | '.join(figures)} | {word} |")
     lines += [
         "",

@@ -124,7 +124,7 @@ def _jump(stage: Stage) -> Observed:
         after = status(server)
     checks = [
         none("failed requests, deadlines included", sum(len(h.failed) for h in calls.heard.values())),
-        held("answered from the table while it was fresh", still, measured=True),
+        held("answered from the table while it was fresh", still),
         at_least("the table was given up when it was too old", expired_s < 15, 1),
         none("answers from it afterwards", stale),
         none(
