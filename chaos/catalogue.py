@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Final
 
 from chaos.model import Scenario
-from chaos.scenarios import changes, clients, clock, disk, models, overload, processes, tables
+from chaos.scenarios import changes, clients, clock, disk, jobs, models, overload, processes, tables
 
-_MODULES: Final = (processes, models, tables, disk, clock, clients, overload, changes)
+_MODULES: Final = (processes, jobs, models, tables, disk, clock, clients, overload, changes)
 
 ALL: Final[dict[str, Scenario]] = {
     scenario.name: scenario for module in _MODULES for scenario in module.SCENARIOS

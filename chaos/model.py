@@ -58,7 +58,7 @@ class Observed:
     figures: dict[str, float]
     """Other numbers that are worth knowing, by name with unit."""
     hopeless: tuple[str, ...] = ()
-    """Streams that can have no right answer."""
+    """Streams that can have no right answer, or do not wait for one."""
 
     @property
     def outage_ms(self) -> float:
