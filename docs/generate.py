@@ -310,7 +310,9 @@ def _urls() -> Iterator[str]:
     yield "## Admin API\n"
     yield "On loopback, on a port of its own, with `authorization: Bearer TOKEN`.\n"
     # What goes on in the next line is indented.
-    lines = re.findall(r"^(GET|POST)\s+(\S+)\s{2,}(.+(?:\n\s+.+)*)$", admin.__doc__ or "", re.MULTILINE)
+    lines = re.findall(
+        r"^(GET|POST|DELETE)\s+(\S+)\s{2,}(.+(?:\n\s+.+)*)$", admin.__doc__ or "", re.MULTILINE
+    )
     rows = ((method, f"`{url}`", " ".join(words.replace("``", "`").split())) for method, url, words in lines)
     yield from _table(("", "URL", "what it does"), rows)
     yield ""

@@ -15,6 +15,7 @@ from chaos.load import BROKEN, SILENT, calling
 from chaos.model import Observed, Scenario, Stage, at_least, at_most, no_failures, none
 from chaos.servers import PATIENCE_S, is_there, status, version, wait_for
 from parbake.testing import Server, serving
+from parbake.transports import client
 
 _CONNECTIONS: Final = 2
 _LEASE_S: Final = 0.5
@@ -97,6 +98,7 @@ def _kill_with_jobs(stage: Stage) -> Observed:
         others = send_again(posted)
         jobs, changed = fetch(posted)
         repeated = begun_again(posted)
+        there = sum(tally.count for tally in client.jobs(port=port).tallies)
     direct = calls["other model"]
     before = [noted for noted in direct.failed if noted.began < killed and noted.ended < killed]
     after = [noted for noted in direct.failed if back < noted.began < noted.ended < leaving]
@@ -110,6 +112,7 @@ def _kill_with_jobs(stage: Stage) -> Observed:
         ]),
         none("answers that were others when they were fetched again", changed),
         none("jobs that were others when they were sent again", others),
+        at_most("jobs that there are, of those that were sent", there, len(posted.sent), measured=False),
         no_failures("jobs that were refused for another reason than want of a server", posted.refused),
         no_failures("failed requests for the other model, but for broken connections", [
             noted for noted in before if noted.status != BROKEN

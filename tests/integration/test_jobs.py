@@ -10,17 +10,21 @@ import signal
 import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from parbake.app.jobs import options_of
 from parbake.app.keys import add_key
 from parbake.app.routes import RouteChange
+from parbake.cli.main import main
+from parbake.queue.sqlite import SqliteJobs
 from parbake.serving.route import Arm, Route, Rule
+from parbake.settings import QueueSettings
 from parbake.testing import Server, serving
-from parbake.transports import client
+from parbake.transports import client, statefile
 from tests.functions import write_function, write_scaled
 from tests.traffic import Call, Noted, answer, infer, once, wait_for
 
@@ -279,6 +283,52 @@ def test_jobs_are_counted(server: Server, gate: Path) -> None:
         assert after[full] - before.get(full, 0) == grown
     assert after['parbake_jobs{deployment="slow",state="queued"}'] == 0
     assert after["parbake_jobs_bytes"] > 0
+
+
+def test_people_see_what_was_given_up_and_have_it_begun_again(
+    server: Server,
+    folder: Path,
+    gate: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder))
+
+    def parbake(*words: str) -> Any:
+        assert main(["jobs", *words, "--port", str(server.port), "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    with Call(server.url) as call, closing(SqliteJobs(folder / "state" / "queue" / "jobs.db")) as store:
+        # The fronts have no place left, so that another server on the same directory gets the last ones.
+        urls = [post(call, SLOW, infer((668, 1 + i))) for i in range(12)]
+        wait_for(lambda: call(urls[5]).json()["state"] == "running")
+        last, url = [item.removeprefix("/v2/jobs/") for item in urls[-2:]]
+        claims = store.claim({"slow": 100}, 100, options_of(QueueSettings()), idle=True)
+        for claim in claims:
+            if claim.id in (last, url):
+                store.give_up(claim, "no more")
+            else:
+                store.put_off(claim, 0, counted=False, error="")
+        assert call(f"{urls[-1]}/result").json()["code"] == "job_dead"
+        told = parbake()
+        assert {item["id"]: item["error"] for item in told["dead"]} == dict.fromkeys((last, url), "no more")
+        counted = {item["state"]: item["count"] for item in told["tallies"] if item["deployment"] == "slow"}
+        assert (counted["dead"], counted["running"]) == (2, 6)
+        assert parbake("remove", last)[0] == {"id": last, "deployment": "slow", "state": "dead"}
+        assert parbake("retry", "--all-dead", "--deployment", "slow") == {"retried": [url], "left": 0}
+        assert main(["jobs", "retry", url, "--port", str(server.port)]) == 1
+        assert "only one that is dead" in capsys.readouterr().err
+        assert main(["jobs", "remove", last, "--port", str(server.port)]) == 3
+        gate.touch()
+        assert answer(result(call, urls[-1])) == [1336.0, 24.0]
+        assert call(urls[-2]).status == 404
+        for url in urls[:-2]:
+            assert result(call, url).status == 200
+    running = statefile.find(server.port)
+    with Call(running.admin_url) as admin:
+        token = {"authorization": f"Bearer {running.token}"}
+        for body in (b"{}", b'{"id": "x", "all_dead": true}', b'{"id": "x", "deployment": "slow"}'):
+            assert admin("/admin/jobs/retry", body, token).json()["code"] == "invalid_input"
 
 
 @contextmanager

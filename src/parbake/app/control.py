@@ -11,7 +11,7 @@ from typing import Final
 import msgspec
 from msgspec import Struct
 
-from parbake.app.jobs import JobCounts
+from parbake.app.jobs import JobCounts, JobRemoved, JobsReport, JobsRetried
 from parbake.app.keys import ApiKey
 from parbake.app.labels import Labelled
 from parbake.app.plan import Placed, Plan
@@ -210,6 +210,41 @@ class LabelsTaken(Struct, frozen=True, tag=True):
     unknown: int
 
 
+class GetJobs(Struct, frozen=True, tag=True):
+    """To a front: the jobs that there are."""
+
+
+class JobsTold(Struct, frozen=True, tag=True):
+    """Reply to `GetJobs`."""
+
+    report: JobsReport
+
+
+class RetryJobs(Struct, frozen=True, tag=True):
+    """To a front: have a dead job begun again; without ``id`` all of a deployment, or of all."""
+
+    id: str = ""
+    deployment: str = ""
+
+
+class RetryTold(Struct, frozen=True, tag=True):
+    """Reply to `RetryJobs`."""
+
+    retried: JobsRetried
+
+
+class RemoveJob(Struct, frozen=True, tag=True):
+    """To a front: take a job back, or remove it."""
+
+    id: str
+
+
+class RemoveTold(Struct, frozen=True, tag=True):
+    """Reply to `RemoveJob`."""
+
+    removed: JobRemoved
+
+
 class GetMetrics(Struct, frozen=True, tag=True):
     """To the supervisor: the page for Prometheus."""
 
@@ -282,6 +317,12 @@ Message = (
     | Foretell
     | Label
     | LabelsTaken
+    | GetJobs
+    | JobsTold
+    | RetryJobs
+    | RetryTold
+    | RemoveJob
+    | RemoveTold
     | GetMetrics
     | Text
     | GetStatistics

@@ -21,15 +21,21 @@ from parbake.app.control import (
     Done,
     Foretell,
     GetCounts,
+    GetJobs,
     GetProfiles,
     GetRoutes,
     HeadCounts,
+    JobsTold,
     LogRows,
     Message,
     Ping,
     Prepare,
     Prepared,
     Profiles,
+    RemoveJob,
+    RemoveTold,
+    RetryJobs,
+    RetryTold,
     RoutesCounted,
     UseRoutes,
     VersionCounts,
@@ -242,6 +248,13 @@ class Front:
         if isinstance(message, GetProfiles):
             monitor = self._monitor
             return Profiles(await asyncio.to_thread(monitor.current) if monitor is not None else {})
+        if isinstance(message, GetJobs):
+            return JobsTold(await self.jobs.report())
+        if isinstance(message, RetryJobs):
+            jobs, name = self.jobs, message.deployment
+            return RetryTold(await (jobs.retry(message.id) if message.id else jobs.retry_dead(name)))
+        if isinstance(message, RemoveJob):
+            return RemoveTold(await self.jobs.remove(message.id))
         raise NotReady(f"a front does not answer {type(message).__name__}")
 
     async def drain(self) -> None:

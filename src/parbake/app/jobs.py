@@ -14,7 +14,7 @@ import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ from msgspec import Struct
 from parbake.errors import Conflict, JobCancelled, JobDead, JobNotFound, Overloaded, ParbakeError
 from parbake.logs import log
 from parbake.queue.clock import Clock, machine_clock
-from parbake.queue.model import Claim, Depth, Job, NewJob, Options, Reply, Request
+from parbake.queue.model import Claim, Depth, Job, NewJob, Options, Reply, Request, Revival, State
 from parbake.queue.ports import JobStore
 from parbake.queue.service import Again, Answered, judge, share_out
 from parbake.settings import QueueSettings
@@ -57,6 +57,12 @@ _YIELD_S: Final = 0.5
 """How long callers' questions stand back for those of the front, at most."""
 _LEAVE: Final = 0.5
 """Part of the time to drain after which jobs that are still under way are left to others."""
+_MOST_LETTERS: Final = 100
+"""Dead jobs that are told one by one."""
+_MOST_RETRIED: Final = 10_000
+"""Dead jobs that are begun again at once."""
+_STEP: Final = 100
+"""Of those, in one transaction: callers' jobs are taken in between."""
 _ID_BYTES: Final = 16
 _ID_CHARACTERS: Final = 22
 _SEND_AGAIN: Final = "send the request again"
@@ -104,6 +110,67 @@ class JobCounts(Struct, frozen=True):
     def without_process(self) -> JobCounts:
         """What remains when the process is gone that looked at the queue."""
         return JobCounts({}, 0, self.taken, self.ended)
+
+
+class JobTally(Struct, frozen=True):
+    """The jobs of a deployment in one state."""
+
+    deployment: str
+    state: State
+    count: int
+    oldest_s: float
+    """Since the oldest was taken."""
+
+
+class DeadJob(Struct, frozen=True):
+    """A job that was given up."""
+
+    id: str
+    deployment: str
+    version: str
+    """As the request named it."""
+    client: str
+    """Name of the API key that asked."""
+    attempts: int
+    created: float
+    """Unix time."""
+    dead_s: float
+    """Since it was given up."""
+    error: str
+    kept: bool
+    """Whether its request is, so that it can be begun again."""
+
+
+class JobsReport(Struct, frozen=True):
+    """All jobs that there are, and those that were given up last, the latest first."""
+
+    tallies: tuple[JobTally, ...] = ()
+    dead: tuple[DeadJob, ...] = ()
+    bytes: int = 0
+    """That the queue takes on disk, answers included."""
+
+
+class JobsRetried(Struct, frozen=True):
+    """Dead jobs that are to be begun again."""
+
+    retried: tuple[str, ...]
+    left: int = 0
+    """For which there was no room: their deployments have ``jobs_waiting`` unanswered jobs."""
+
+
+class JobRemoved(Struct, frozen=True):
+    """A job that was taken back (``cancelled``), or removed in the state that it was in."""
+
+    id: str
+    deployment: str
+    state: State
+
+
+def new_id() -> str:
+    """An id that nobody can guess, and that no command takes for an option."""
+    while (job_id := secrets.token_urlsafe(_ID_BYTES)).startswith("-"):
+        pass
+    return job_id
 
 
 def options_of(settings: QueueSettings) -> Options:
@@ -281,7 +348,7 @@ class Jobs:
             )
         self._pending_bytes += size
         try:
-            new = NewJob(secrets.token_urlsafe(_ID_BYTES), owner, key, request)
+            new = NewJob(new_id(), owner, key, request)
             job, is_new = await self._ask(desk.store.take, new, options)
         finally:
             self._pending_bytes -= size
@@ -344,10 +411,11 @@ class Jobs:
             raise _not_found(job_id)
         return reply
 
-    async def cancel(self, job_id: str, owner: str) -> Job:
+    async def cancel(self, job_id: str, owner: str | None) -> Job:
         """Take back a job that waits, and remove one that has come to its end, with its answer.
 
-        Raises `Conflict` where somebody is at work on it, `JobNotFound`, `Overloaded`, `QueueAway`.
+        ``owner`` is None for whoever runs the server. Raises `Conflict` where somebody is at work on it, `JobNotFound`,
+        `Overloaded`, `QueueAway`.
         """
         _, desk = self._there(job_id)
         store = desk.store
@@ -364,9 +432,99 @@ class Jobs:
                 f"job {job_id} is {job.state}, and only one that waits can be cancelled",
                 hint=f"GET /v2/jobs/{job_id}/result has the answer soon",
             )
-        if job.state != "cancelled":
-            await self._ask(store.forget, job_id)
+        if job.state != "cancelled" and not await self._ask(store.forget, job_id):
+            # Somebody was faster: it is gone, or was dead and is begun again.
+            job = self._known(await self._ask(store.find, job_id), job_id, owner)
+            raise Conflict(f"job {job_id} is {job.state} now", hint="look at it again")
         return job
+
+    # Whoever runs the server -----------------------------------------------------------------------
+
+    async def report(self) -> JobsReport:
+        """What there is. Raises `QueueAway`, `QueueTorn`, `Overloaded`."""
+        desk = self._found(self._callers)
+        if desk is None:
+            return JobsReport()
+        store = desk.store
+        tallies = await self._ask(store.tally)
+        letters = await self._ask(store.letters, _MOST_LETTERS)
+        _, size = await self._ask(store.depths)
+        dead = (
+            DeadJob(
+                item.job.id,
+                item.job.deployment,
+                item.job.version,
+                item.job.owner,
+                item.job.attempts,
+                item.job.created,
+                item.dead_s,
+                item.job.error,
+                item.kept,
+            )
+            for item in letters
+        )
+        return JobsReport(
+            tuple(JobTally(item.deployment, item.state, item.count, item.oldest_s) for item in tallies),
+            tuple(dead),
+            size,
+        )
+
+    async def retry(self, job_id: str) -> JobsRetried:
+        """Have a dead job begun again.
+
+        Raises `JobNotFound`, `Conflict` where it is not dead or its request was not kept, `Overloaded`, `QueueAway`.
+        """
+        options, desk = self._there(job_id)
+        store = desk.store
+        came = (await self._revive((job_id,), options, desk))[job_id]
+        if came == "not dead":
+            job = self._known(await self._ask(store.find, job_id), job_id, None)
+            raise Conflict(f"job {job_id} is {job.state}, and only one that is dead can be retried")
+        if came == "not kept":
+            raise Conflict(
+                f"the request of job {job_id} is not there any more",
+                hint="whoever asked has to send it again",
+            )
+        if came == "no room":
+            raise Overloaded(
+                f"{options.waiting} jobs of the deployment of job {job_id} are not answered yet, and that is the limit",
+                hint="try it again later, or raise jobs_waiting",
+            )
+        if came == "missing":
+            raise _not_found(job_id)
+        return JobsRetried((job_id,))
+
+    async def retry_dead(self, deployment: str = "") -> JobsRetried:
+        """Have all dead jobs begun again whose requests were kept, or those of one deployment, as far as there is room.
+
+        Raises `Overloaded`, `QueueAway`.
+        """
+        desk, options = self._found(self._callers), self._options
+        if desk is None or options is None:
+            return JobsRetried(())
+        # Those that are dead now: what dies once more must not be begun again by the same word.
+        job_ids = await self._ask(desk.store.dead, deployment, _MOST_RETRIED)
+        came: dict[str, Revival] = {}
+        for begin in range(0, len(job_ids), _STEP):
+            came |= await self._revive(job_ids[begin : begin + _STEP], options, desk)
+        words = list(came.values())
+        return JobsRetried(
+            tuple(job_id for job_id, word in came.items() if word == "queued"), words.count("no room")
+        )
+
+    async def _revive(self, job_ids: Sequence[str], options: Options, desk: _Asker) -> dict[str, Revival]:
+        came = await self._ask(desk.store.revive, job_ids, options)
+        revived = [job_id for job_id, word in came.items() if word == "queued"]
+        if revived:
+            log().info("jobs.retried", count=len(revived), first=revived[0])
+            self._wake.set()
+        return came
+
+    async def remove(self, job_id: str) -> JobRemoved:
+        """Take a job back that waits, or remove one that has come to its end, whosever it is. Raises as `cancel`."""
+        job = await self.cancel(job_id, None)
+        log().info("job.removed", job=job.id, deployment=job.deployment, state=job.state)
+        return JobRemoved(job.id, job.deployment, job.state)
 
     async def counts(self) -> JobCounts | None:
         """What there is to count; None where there never was a job."""
@@ -609,8 +767,8 @@ class Jobs:
             raise _not_found(job_id)
         return options, desk
 
-    def _known(self, job: Job | None, job_id: str, owner: str) -> Job:
-        if job is None or job.owner != owner:
+    def _known(self, job: Job | None, job_id: str, owner: str | None) -> Job:
+        if job is None or owner not in (None, job.owner):
             raise _not_found(job_id)
         return job
 

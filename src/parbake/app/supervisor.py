@@ -31,11 +31,13 @@ from parbake.app.control import (
     Drain,
     Foretell,
     GetCounts,
+    GetJobs,
     GetMetrics,
     GetProfiles,
     GetRoutes,
     GetStatistics,
     HeadCounts,
+    JobsTold,
     Label,
     LabelsTaken,
     Load,
@@ -45,6 +47,10 @@ from parbake.app.control import (
     Prepare,
     Prepared,
     Profiles,
+    RemoveJob,
+    RemoveTold,
+    RetryJobs,
+    RetryTold,
     RoutesCounted,
     StopListening,
     Text,
@@ -56,7 +62,7 @@ from parbake.app.control import (
     Wedged,
 )
 from parbake.app.follow import Follower, Following, Taken
-from parbake.app.jobs import JobCounts
+from parbake.app.jobs import JobCounts, JobRemoved, JobsReport, JobsRetried
 from parbake.app.keys import read_keys
 from parbake.app.labels import Labelled, LabelStore
 from parbake.app.plan import Placed, Plan, PlanEntry
@@ -117,6 +123,8 @@ _LONGEST_RESTART_S: Final = 5.0
 _START_S: Final = 30.0
 _COUNTS_TIMEOUT_S: Final = 2.0
 _COUNTS_EVERY_S: Final = 5.0
+_QUEUE_S: Final = 10.0
+"""Longest that a front may take to answer for the queue of jobs: its file may be busy, and it may be hung."""
 _CHECK_EVERY_S: Final = 1.0
 _REWARDS_S: Final = 2.0
 """How often the weights of bandits are looked at."""
@@ -1455,6 +1463,34 @@ class Supervisor:
         for front, reply in zip(fronts, replies, strict=True):
             if isinstance(reply, AllCounts):
                 front.counts = reply
+
+    async def jobs(self) -> JobsReport:
+        """The jobs that there are. Raises `QueueAway`, `QueueTorn`, `Overloaded`, `NotReady`."""
+        return (await self._ask_queue(GetJobs(), JobsTold)).report
+
+    async def retry_jobs(self, job_id: str = "", deployment: str = "") -> JobsRetried:
+        """Have a dead job begun again, or all of them, or those of one deployment.
+
+        Raises `JobNotFound`, `Conflict` where there is nothing to begin again, and as `jobs`.
+        """
+        return (await self._ask_queue(RetryJobs(job_id, deployment), RetryTold)).retried
+
+    async def remove_job(self, job_id: str) -> JobRemoved:
+        """Take back a job that waits, or remove one that has an end. Raises `JobNotFound`, `Conflict`, or as `jobs`."""
+        return (await self._ask_queue(RemoveJob(job_id), RemoveTold)).removed
+
+    async def _ask_queue(self, message: Message, kind: type[_T]) -> _T:
+        """What any front says for all: they have one queue."""
+        failure = NotReady("no front is there to look into the queue of jobs")
+        for front in list(self._fronts):
+            try:
+                reply = await front.channel.call(message, _QUEUE_S)
+            except NotReady as error:
+                failure = error
+                continue
+            if isinstance(reply, kind):
+                return reply
+        raise failure
 
     async def traffic(self) -> dict[str, TrafficReport]:
         """The traffic of each deployment, over the fronts that run now."""

@@ -37,6 +37,7 @@ COMMANDS: Final = {
     "rollback": ("parbake.cli.rollback", "Go back to the version before, at once."),
     "reload": ("parbake.cli.reload", "Put a new bundle or table under a running server."),
     "status": ("parbake.cli.status", "Show what a running server serves."),
+    "jobs": ("parbake.cli.jobs", "Show the jobs of a running server; begin those again that were given up."),
     "inventory": ("parbake.cli.inventory", "Show every model: where it runs, on what, whose it is."),
     "matrix": ("parbake.cli.matrix", "Say which environments can run which bundles."),
     "mode": ("parbake.cli.mode", "Change how a deployment answers, while it serves."),

@@ -121,6 +121,32 @@ class Depth:
 
 
 @dataclass(frozen=True, slots=True)
+class Tally:
+    """The jobs of a deployment in one state."""
+
+    deployment: str
+    state: State
+    count: int
+    oldest_s: float
+    """Since the oldest was taken."""
+
+
+@dataclass(frozen=True, slots=True)
+class Letter:
+    """A job that was given up."""
+
+    job: Job
+    dead_s: float
+    """Since then."""
+    kept: bool
+    """Whether its request is there, so that it can be begun again."""
+
+
+Revival = Literal["queued", "missing", "not dead", "not kept", "no room"]
+"""What came of beginning a dead job again; ``missing`` is the job, ``not kept`` its request."""
+
+
+@dataclass(frozen=True, slots=True)
 class Options:
     """What is promised of jobs, and what they may take; see `parbake.settings.QueueSettings`."""
 

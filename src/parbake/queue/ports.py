@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
-from parbake.queue.model import Claim, Depth, Job, NewJob, Options, Reply
+from parbake.queue.model import Claim, Depth, Job, Letter, NewJob, Options, Reply, Revival, Tally
 
 
 class JobStore(Protocol):
@@ -35,6 +35,18 @@ class JobStore(Protocol):
 
     def forget(self, job_id: str) -> bool:
         """Remove a job that will not change any more, and its answer; gives whether it was. There is room then."""
+
+    def tally(self) -> list[Tally]:
+        """All jobs that there are, counted, by deployment and state."""
+
+    def letters(self, most: int) -> list[Letter]:
+        """The jobs that were given up, the last one first."""
+
+    def dead(self, deployment: str, most: int) -> list[str]:
+        """The ids of jobs that were given up and whose request is there, oldest first; of all deployments for ""."""
+
+    def revive(self, job_ids: Sequence[str], options: Options) -> dict[str, Revival]:
+        """Have dead jobs begun again as if they had just been taken, where there is room; gives what came of it."""
 
     def claim(self, room: Mapping[str, int], most: int, options: Options, *, idle: bool) -> list[Claim]:
         """Take the oldest jobs that are due, at most ``most``, and of each deployment as many as there is room for.

@@ -23,7 +23,18 @@ import msgspec
 
 from parbake.errors import Conflict, Overloaded, ParbakeError, QueueAway, QueueTorn
 from parbake.queue.clock import Clock, machine_clock
-from parbake.queue.model import Claim, Depth, Job, NewJob, Options, Reply, Request
+from parbake.queue.model import (
+    Claim,
+    Depth,
+    Job,
+    Letter,
+    NewJob,
+    Options,
+    Reply,
+    Request,
+    Revival,
+    Tally,
+)
 
 BUSY_S: Final = 5.0
 """How long one waits for another one's lock."""
@@ -190,8 +201,55 @@ class SqliteJobs:
                 (job_id,),
             ).fetchone()
             if row is not None:
-                db.execute("DELETE FROM replies WHERE number = ?", row)
+                for table in ("replies", "requests"):
+                    db.execute(f"DELETE FROM {table} WHERE number = ?", row)  # noqa: S608
         return row is not None
+
+    # Whoever looks after them ----------------------------------------------------------------------
+
+    def tally(self) -> list[Tally]:
+        """See `JobStore`."""
+        if not self.exists():
+            return []
+        with self._reading() as (db, now):
+            rows = db.execute(
+                "SELECT deployment, state, count(*), min(taken) FROM jobs GROUP BY deployment, state ORDER BY 1, 2"
+            ).fetchall()
+        return [Tally(name, state, count, max(now - taken, 0.0)) for name, state, count, taken in rows]
+
+    def letters(self, most: int) -> list[Letter]:
+        """See `JobStore`."""
+        if not self.exists():
+            return []
+        with self._reading() as (db, now):
+            rows = db.execute(
+                "SELECT j.id, j.finished, r.number IS NOT NULL FROM jobs j LEFT JOIN requests r USING (number) "
+                "WHERE j.finished IS NOT NULL AND j.state = 'dead' ORDER BY j.finished DESC, j.number DESC LIMIT ?",
+                (most,),
+            ).fetchall()
+            return [
+                Letter(self._job(db, job_id, now), max(now - finished, 0.0), bool(kept))
+                for job_id, finished, kept in rows
+            ]
+
+    def dead(self, deployment: str, most: int) -> list[str]:
+        """See `JobStore`."""
+        if not self.exists():
+            return []
+        with self._reading() as (db, _):
+            rows = db.execute(
+                "SELECT id FROM jobs JOIN requests USING (number) "
+                "WHERE finished IS NOT NULL AND state = 'dead' AND ? IN ('', deployment) ORDER BY number LIMIT ?",
+                (deployment, most),
+            ).fetchall()
+        return [row[0] for row in rows]
+
+    def revive(self, job_ids: Sequence[str], options: Options) -> dict[str, Revival]:
+        """See `JobStore`."""
+        if not self.exists():
+            return dict.fromkeys(job_ids, "missing")
+        with self._writing() as (db, now):
+            return {job_id: self._revived(db, job_id, options, now) for job_id in job_ids}
 
     # Fronts ----------------------------------------------------------------------------------------
 
@@ -267,7 +325,7 @@ class SqliteJobs:
                 self._kill(db, number, now, why)
                 gone.append((job_id, deployment))
             old = self._old(db, options, now)
-            for table in ("replies", "jobs"):
+            for table in ("replies", "requests", "jobs"):
                 db.executemany(f"DELETE FROM {table} WHERE number = ?", [(number,) for number in old])  # noqa: S608
         if old:
             with self._told(writing=True) as db:
@@ -306,10 +364,7 @@ class SqliteJobs:
     def _check_room(self, db: sqlite3.Connection, new: NewJob, options: Options) -> None:
         """Raise `Overloaded` where a job is one too many."""
         name = new.request.deployment
-        (waiting,) = db.execute(
-            f"SELECT count(*) FROM jobs WHERE deployment = ? AND {_OPEN}",  # noqa: S608
-            (name,),
-        ).fetchone()
+        waiting = self._waiting(db, name)
         if waiting >= options.waiting:
             raise Overloaded(
                 f"{waiting} jobs of {name!r} are not answered yet, and that is the limit",
@@ -323,6 +378,14 @@ class SqliteJobs:
                 hint="send it again later, or raise jobs_bytes; results are removed after job_keep_s",
                 retry_after_s=_RETRY_S,
             )
+
+    def _waiting(self, db: sqlite3.Connection, deployment: str) -> int:
+        """The unanswered jobs of a deployment."""
+        (count,) = db.execute(
+            f"SELECT count(*) FROM jobs WHERE deployment = ? AND {_OPEN}",  # noqa: S608
+            (deployment,),
+        ).fetchone()
+        return int(count)
 
     def _chosen(
         self,
@@ -372,6 +435,7 @@ class SqliteJobs:
             request = Request(deployment, version, form, query, _pairs(headers), body)
         except msgspec.MsgspecError:
             self._kill(db, number, now, "its request cannot be read")
+            db.execute("DELETE FROM requests WHERE number = ?", (number,))
             return None
         return Claim(number, token, job_id, owner, attempts, refusals, lost, request)
 
@@ -391,18 +455,41 @@ class SqliteJobs:
             f"key = iif(?, '', key) WHERE {_HELD}",
             (state, now, status, error, state == "dead", *_holder(claim)),
         ).rowcount
-        if changed:
+        # One that is dead may be begun again.
+        if changed and state != "dead":
             db.execute("DELETE FROM requests WHERE number = ?", (claim.number,))
         return bool(changed)
 
     def _kill(self, db: sqlite3.Connection, number: int, now: float, why: str) -> None:
-        """Let a job be dead that nobody is at work on."""
+        """Let a job be dead that nobody is at work on. Its request stays."""
         db.execute(
             "UPDATE jobs SET state = 'dead', finished = ?, token = token + 1, key = '', "
             "error = ? || CASE error WHEN '' THEN '' ELSE '; before that ' || error END WHERE number = ?",
             (now, why, number),
         )
-        db.execute("DELETE FROM requests WHERE number = ?", (number,))
+
+    def _revived(self, db: sqlite3.Connection, job_id: str, options: Options, now: float) -> Revival:
+        row = db.execute(
+            "SELECT j.number, j.deployment, j.state, r.number IS NOT NULL FROM jobs j "
+            "LEFT JOIN requests r USING (number) WHERE j.id = ?",
+            (job_id,),
+        ).fetchone()
+        if row is None:
+            return "missing"
+        number, deployment, state, kept = row
+        if state != "dead":
+            return "not dead"
+        if not kept:
+            return "not kept"
+        if self._waiting(db, deployment) >= options.waiting:
+            return "no room"
+        # What was lost goes alone this time too. Of an age at which it would be given up it is no longer.
+        db.execute(
+            "UPDATE jobs SET state = 'queued', finished = NULL, token = token + 1, attempts = 0, refusals = 0, "
+            "until = 0, taken = ? WHERE number = ?",
+            (now, number),
+        )
+        return "queued"
 
     def _over(
         self, db: sqlite3.Connection, options: Options, now: float

@@ -16,6 +16,10 @@ POST   /admin/releases/NAME/promote     one step further
 POST   /admin/releases/NAME/rollback    back to the version before, or to another one
 POST   /admin/releases/NAME/parameters  change it while it runs
 POST   /admin/labels/NAME               labels, as ``POST /v2/models/NAME/labels`` on the serving port has them
+GET    /admin/jobs                      the jobs that there are, and those that were given up
+POST   /admin/jobs/retry                begin again what was given up: ``{"id"}``, or ``{"all_dead": true}``, which a
+                                        ``deployment`` may narrow
+DELETE /admin/jobs/ID                   take back a job that waits, or remove one that has an end
 GET    /admin/traffic                   cardinality, peakedness and coverage curve by deployment
 GET    /metrics                         as on the serving port
 GET    /admin/health                    no token needed
@@ -34,7 +38,7 @@ from msgspec import Struct
 from parbake.app.releases import Back, Releases, TuningChange, Wanted
 from parbake.app.routes import RouteChange
 from parbake.app.supervisor import Change, Supervisor
-from parbake.errors import NotAllowed, ParbakeError, RouteNotFound, SettingsError
+from parbake.errors import InvalidInput, NotAllowed, ParbakeError, RouteNotFound, SettingsError
 from parbake.settings import ServerSettings
 from parbake.transports.http.endpoint import fail_unexpectedly
 from parbake.transports.http.labels import read_labels
@@ -49,6 +53,15 @@ class ReloadRequest(Struct, frozen=True, forbid_unknown_fields=True):
     """Body of ``POST /admin/reload``."""
 
     changes: tuple[Change, ...] = ()
+
+
+class RetryRequest(Struct, frozen=True, forbid_unknown_fields=True):
+    """Body of ``POST /admin/jobs/retry``: one job, or all that are dead."""
+
+    id: str = ""
+    all_dead: bool = False
+    deployment: str = ""
+    """Of ``all_dead``: of this one only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +171,23 @@ class _Admin:
                 allow(exchange, b"POST")
                 tuning = decode_json(msgspec.json.Decoder(TuningChange), exchange.body)
                 return msgspec.json.encode(await self._releases.tune(name, tuning)), JSON
+            case ["admin", "jobs"]:
+                allow(exchange, b"GET")
+                return msgspec.json.encode(await self._supervisor.jobs()), JSON
+            case ["admin", "jobs", "retry"]:
+                allow(exchange, b"POST")
+                retry = decode_json(msgspec.json.Decoder(RetryRequest), exchange.body)
+                if bool(retry.id) == retry.all_dead or (retry.deployment and not retry.all_dead):
+                    raise InvalidInput(
+                        "which jobs?",
+                        hint='{"id": "..."}, or {"all_dead": true}, which a "deployment" may narrow',
+                    )
+                return msgspec.json.encode(
+                    await self._supervisor.retry_jobs(retry.id, retry.deployment)
+                ), JSON
+            case ["admin", "jobs", job_id]:
+                allow(exchange, b"DELETE")
+                return msgspec.json.encode(await self._supervisor.remove_job(job_id)), JSON
             case ["admin", "labels", name]:
                 allow(exchange, b"POST")
                 name, labels = read_labels(self._supervisor.contract, exchange.body, name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from parbake.app.jobs import JobRemoved, JobsReport, JobsRetried
 from parbake.app.routes import RouteChange, RouteStatus
 from parbake.app.supervisor import Change, Reloaded, Status
 from parbake.errors import GateRefused, ParbakeError, ServerNotFound, SettingsError, by_code
@@ -152,6 +154,35 @@ def label(
         taken = json.loads(reply)
         accepted, unknown = accepted + taken["accepted"], unknown + taken["unknown"]
     return accepted, unknown
+
+
+def jobs(*, port: int | None = None, admin_url: str = "", token: str = "") -> JobsReport:
+    """The jobs that there are, and those that were given up. Raises `ServerNotFound`, `QueueAway`, `QueueTorn`."""
+    reply = _call("GET", "/admin/jobs", None, port=port, admin_url=admin_url, token=token)
+    return msgspec.json.decode(reply, type=JobsReport)
+
+
+def retry_job(job_id: str, *, port: int | None = None, admin_url: str = "", token: str = "") -> JobsRetried:
+    """Have a job begun again that was given up. Raises `ServerNotFound`, `JobNotFound`, `Conflict`, `Overloaded`."""
+    body = msgspec.json.encode({"id": job_id})
+    reply = _call("POST", "/admin/jobs/retry", body, port=port, admin_url=admin_url, token=token)
+    return msgspec.json.decode(reply, type=JobsRetried)
+
+
+def retry_dead(
+    deployment: str = "", *, port: int | None = None, admin_url: str = "", token: str = ""
+) -> JobsRetried:
+    """Have all jobs begun again that were given up, or a deployment's. Raises `ServerNotFound`, `QueueAway`."""
+    body = msgspec.json.encode({"all_dead": True, "deployment": deployment})
+    reply = _call("POST", "/admin/jobs/retry", body, port=port, admin_url=admin_url, token=token)
+    return msgspec.json.decode(reply, type=JobsRetried)
+
+
+def remove_job(job_id: str, *, port: int | None = None, admin_url: str = "", token: str = "") -> JobRemoved:
+    """Take back a job that waits, or remove one that has an end. Raises `ServerNotFound`, `JobNotFound`, `Conflict`."""
+    path = f"/admin/jobs/{urllib.parse.quote(job_id, safe='')}"
+    reply = _call("DELETE", path, None, port=port, admin_url=admin_url, token=token)
+    return msgspec.json.decode(reply, type=JobRemoved)
 
 
 def traffic(*, port: int | None = None, admin_url: str = "", token: str = "") -> dict[str, TrafficReport]:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from parbake.app.jobs import JobCounts, JobDepth, Jobs, options_of
-from parbake.errors import JobCancelled, JobDead, JobNotFound, Overloaded, QueueAway
+from parbake.app.jobs import JobCounts, JobDepth, Jobs, JobsReport, JobsRetried, JobTally, new_id, options_of
+from parbake.errors import Conflict, JobCancelled, JobDead, JobNotFound, Overloaded, QueueAway
 from parbake.queue.clock import Clock
 from parbake.queue.model import Claim, Job, Options, Reply, Request
 from parbake.queue.sqlite import SqliteJobs
@@ -520,6 +520,122 @@ def test_where_no_jobs_are_taken_any_more_those_that_were_are_answered(tmp_path:
         await off.end()
 
     run(test)
+
+
+def test_whoever_runs_the_server_sees_what_was_given_up_and_has_it_begun_again(tmp_path: Path) -> None:
+    async def test() -> None:
+        hours = Hours()
+        settings = QueueSettings(jobs_at_once=2, job_attempts=1)
+        front = Front(tmp_path / "queue" / "jobs.db", settings, hours)
+        assert await front.jobs.report() == JobsReport()
+        assert await front.jobs.retry_dead() == JobsRetried(())
+        first, second = [await front.jobs.take(request(words), "ann", "") for words in "ab"]
+        await front.have(2)
+        for _, done in front.asked:
+            done(DOWN)
+        assert {(await finished_of(front, job, "ann")).state for job in (first, second)} == {"dead"}
+        hours.now += 9
+        report = await front.jobs.report()
+        assert report.tallies == (JobTally("eta", "dead", 2, 9.0),)
+        assert report.bytes > 0
+        assert {item.id for item in report.dead} == {first.id, second.id}
+        item = report.dead[0]
+        assert (item.deployment, item.client, item.attempts, item.dead_s, item.kept) == (
+            "eta",
+            "ann",
+            1,
+            9,
+            True,
+        )
+        assert item.error == "attempt 1 of 1 failed: 503 runner_down: down"
+        assert await front.jobs.retry_dead("price") == JobsRetried(())
+        assert await front.jobs.retry(first.id) == JobsRetried((first.id,))
+        await front.have(3)
+        with pytest.raises(Conflict, match="is running, and only one that is dead can be retried"):
+            await front.jobs.retry(first.id)
+        # It waits, though nobody asked: another front looks for the second one all the same.
+        other = Front(tmp_path / "queue" / "jobs.db", settings, hours)
+        assert await other.jobs.retry_dead("eta") == JobsRetried((second.id,))
+        await until(lambda: len(front.asked) + len(other.asked) == 4)
+        for said, done in (front.asked + other.asked)[2:]:
+            done(Reply(200, (), said.encode()))
+        for job, said in ((first, "a"), (second, "b")):
+            await finished_of(front, job, "ann")
+            assert await front.jobs.result(job.id, "ann") == Reply(200, (), said.encode())
+        with pytest.raises(JobNotFound):
+            await front.jobs.retry("x" * 22)
+        await front.end()
+        await other.end()
+
+    run(test)
+
+
+async def finished_of(front: Front, job: Job, owner: str) -> Job:
+    async with asyncio.timeout(PATIENCE_S):
+        while not (now := await front.jobs.find(job.id, owner, 10)).finished:
+            pass
+        return now
+
+
+def test_dead_jobs_are_left_where_there_is_no_room_for_them(tmp_path: Path) -> None:
+    async def test() -> None:
+        path = tmp_path / "queue" / "jobs.db"
+        settings = QueueSettings(jobs_waiting=2, jobs_at_once=4, job_attempts=1)
+        front = Front(path, settings)
+        jobs: list[Job] = []
+        for words in ("ab", "cd"):
+            jobs = [await front.jobs.take(request(letter), "", "") for letter in words]
+            await until(lambda: len(front.asked) >= 2)
+            while front.asked:
+                front.asked.pop()[1](DOWN)
+            for job in jobs:
+                await finished(front, job)
+        front.able = False
+        told = await front.jobs.retry_dead()
+        assert (len(told.retried), told.left) == (2, 2)
+        with pytest.raises(Overloaded, match="2 jobs of the deployment of job"):
+            await front.jobs.retry(jobs[0].id)
+        with closing(sqlite3.connect(path)) as db, db:
+            db.execute("DELETE FROM requests")
+        with pytest.raises(Conflict, match="is not there any more") as caught:
+            await front.jobs.retry(jobs[0].id)
+        assert caught.value.hint == "whoever asked has to send it again"
+        assert not any(item.kept for item in (await front.jobs.report()).dead)
+        await front.end()
+
+    run(test)
+
+
+def test_whoever_runs_the_server_removes_jobs_of_anybody(tmp_path: Path) -> None:
+    async def test() -> None:
+        front = Front(tmp_path / "queue" / "jobs.db", QueueSettings(jobs_at_once=1, job_attempts=1))
+        bad, running, waiting = [await front.jobs.take(request(words), "ann", "") for words in "abc"]
+        await front.have(1)
+        front.asked[0][1](DOWN)
+        assert (await finished_of(front, bad, "ann")).state == "dead"
+        await front.have(2)
+        assert (await front.jobs.remove(bad.id)).state == "dead"
+        with pytest.raises(JobNotFound):
+            await front.jobs.find(bad.id, "ann")
+        with pytest.raises(JobNotFound):
+            await front.jobs.remove(bad.id)
+        assert (await front.jobs.remove(waiting.id)).state == "cancelled"
+        with pytest.raises(JobCancelled):
+            await front.jobs.result(waiting.id, "ann")
+        with pytest.raises(Conflict, match="only one that waits can be cancelled"):
+            await front.jobs.remove(running.id)
+        front.reply(1, "B")
+        assert (await finished_of(front, running, "ann")).state == "done"
+        await front.end()
+
+    run(test)
+
+
+def test_no_id_of_a_job_looks_like_an_option() -> None:
+    ids = {new_id() for _ in range(1000)}
+    assert len(ids) == 1000
+    assert {len(job_id) for job_id in ids} == {22}
+    assert not [job_id for job_id in ids if job_id.startswith("-")]
 
 
 def test_without_a_job_there_is_no_file_and_no_thread(tmp_path: Path) -> None:

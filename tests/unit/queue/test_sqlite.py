@@ -86,6 +86,27 @@ def store(tmp_path: Path, moved: Time) -> Iterator[SqliteJobs]:
     opened.close()
 
 
+def rows(folder: Path) -> dict[str, int]:
+    """What is in the file."""
+    with closing(sqlite3.connect(folder / "queue" / "jobs.db")) as db:
+        tables = ("jobs", "requests", "replies")
+        return {name: db.execute(f"SELECT count(*) FROM {name}").fetchone()[0] for name in tables}
+
+
+@pytest.mark.parametrize("how", ["forgotten", "too old"])
+def test_of_a_job_that_was_given_up_nothing_stays_in_the_end(
+    store: SqliteJobs, moved: Time, tmp_path: Path, how: str
+) -> None:
+    dead(store, 1)
+    assert rows(tmp_path) == {"jobs": 1, "requests": 1, "replies": 0}
+    if how == "forgotten":
+        assert store.forget("job-1")
+    else:
+        moved.ticks += OPTIONS.keep_s
+        store.tidy(OPTIONS)
+    assert rows(tmp_path) == {"jobs": 0, "requests": 0, "replies": 0}
+
+
 def test_a_job_goes_its_way(store: SqliteJobs, moved: Time, tmp_path: Path) -> None:
     assert not store.exists()
     assert store.find("job-1") is None
@@ -111,10 +132,7 @@ def test_a_job_goes_its_way(store: SqliteJobs, moved: Time, tmp_path: Path) -> N
     moved.ticks += 1
     store.tidy(OPTIONS)
     assert store.find("job-1") is None
-    with sqlite3.connect(tmp_path / "queue" / "jobs.db") as db:
-        for table in ("jobs", "requests", "replies"):
-            assert db.execute(f"SELECT count(*) FROM {table}").fetchone() == (0,)
-    db.close()
+    assert rows(tmp_path) == {"jobs": 0, "requests": 0, "replies": 0}
 
 
 def test_the_oldest_goes_first_and_a_deployment_without_room_keeps_nobody_waiting(store: SqliteJobs) -> None:
@@ -369,6 +387,109 @@ def test_a_finished_job_that_is_forgotten_frees_its_room(store: SqliteJobs) -> N
     assert store.forget("job-2")
 
 
+def dead(store: SqliteJobs, *numbers: int, name: str = "eta", error: str = "no more") -> None:
+    """Jobs that were given up."""
+    for number in numbers:
+        store.take(new(number, name=name, owner="ann", key=str(number)), OPTIONS)
+        (taken,) = claim(store)
+        assert store.give_up(taken, error)
+
+
+def test_a_job_that_was_given_up_is_begun_again_with_all_that_it_had(store: SqliteJobs, moved: Time) -> None:
+    dead(store, 1)
+    moved.ticks += 500
+    assert store.revive(["job-1", "job-2"], OPTIONS) == {"job-1": "queued", "job-2": "missing"}
+    assert store.revive(["job-1"], OPTIONS) == {"job-1": "not dead"}
+    told = store.find("job-1")
+    assert told is not None
+    assert (told.state, told.attempts, told.age_s, told.error) == ("queued", 0, 0, "no more")
+    assert store.finished(["job-1"]) == []
+    # Its age counts from now on, and so does how often it is begun.
+    moved.ticks += 4999
+    assert store.tidy(OPTIONS) == ([], False)
+    (taken,) = claim(store)
+    assert (taken.request, taken.attempts) == (new(1).request, 1)
+    assert store.finish(taken, reply(1), failed=False)
+    assert store.reply("job-1") == reply(1)
+    assert store.revive(["job-1"], OPTIONS) == {"job-1": "not dead"}, "it has its answer"
+    # Whoever sends the request again was told that there is no answer.
+    assert store.take(new(2, owner="ann", key="1"), OPTIONS)[1]
+
+
+def test_whoever_had_a_job_before_it_was_dead_has_it_no_more(store: SqliteJobs, moved: Time) -> None:
+    once = replace(OPTIONS, attempts=1)
+    store.take(new(1), once)
+    (late,) = claim(store)
+    moved.ticks += 11
+    assert store.tidy(once) == ([("job-1", "eta")], False)
+    assert store.revive(["job-1"], once) == {"job-1": "queued"}
+    assert not store.finish(late, reply("late"), failed=False)
+    (taken,) = claim(store)
+    assert taken.token != late.token
+    assert not store.finish(late, reply("late"), failed=False)
+    assert not store.give_up(late, "late")
+    assert store.renew([late, taken], 10) == {"job-1"}
+    assert store.finish(taken, reply(1), failed=False)
+    assert store.reply("job-1") == reply(1)
+
+
+def test_a_job_that_was_lost_and_is_begun_again_goes_alone_this_time_too(
+    store: SqliteJobs, moved: Time
+) -> None:
+    store.take(new(1), OPTIONS)
+    for _ in range(OPTIONS.attempts):
+        assert claim(store)
+        moved.ticks += 11
+    store.take(new(2), OPTIONS)
+    store.tidy(OPTIONS)
+    assert store.revive(["job-1"], OPTIONS) == {"job-1": "queued"}
+    assert claim(store, 5, idle=False) == []
+    assert [taken.id for taken in claim(store, 5)] == ["job-1"]
+
+
+def test_jobs_are_begun_again_as_far_as_there_is_room_and_what_they_asked_is_there(
+    store: SqliteJobs, tmp_path: Path
+) -> None:
+    dead(store, 1, 2, 3, 4)
+    dead(store, 5, name="price")
+    change(tmp_path, "DELETE FROM requests WHERE number = 2")
+    assert store.dead("", 10) == ["job-1", "job-3", "job-4", "job-5"]
+    assert store.dead("", 3) == ["job-1", "job-3", "job-4"]
+    assert store.dead("price", 10) == ["job-5"]
+    assert [letter.kept for letter in store.letters(10)] == [True, True, True, False, True]
+    came = store.revive([f"job-{number}" for number in range(1, 6)], replace(OPTIONS, waiting=2))
+    assert [*came.values()] == ["queued", "not kept", "queued", "no room", "queued"]
+    assert store.dead("", 10) == ["job-4"]
+    assert {taken.id for taken in claim(store, 10)} == {"job-1", "job-3", "job-5"}
+
+
+def test_jobs_are_counted_and_those_that_were_given_up_are_told(store: SqliteJobs, moved: Time) -> None:
+    assert (store.tally(), store.letters(5), store.dead("", 5)) == ([], [], [])
+    assert store.revive(["job-1"], OPTIONS) == {"job-1": "missing"}
+    dead(store, 1, error="first")
+    moved.ticks += 7
+    dead(store, 2, error="second")
+    for number in (3, 4, 5):
+        store.take(new(number, name="price"), OPTIONS)
+    (taken, _) = claim(store, 2)
+    store.finish(taken, reply(3), failed=True)
+    moved.ticks += 3
+    told = [(tally.deployment, tally.state, tally.count, tally.oldest_s) for tally in store.tally()]
+    assert told == [
+        ("eta", "dead", 2, 10),
+        ("price", "failed", 1, 3),
+        ("price", "queued", 1, 3),
+        ("price", "running", 1, 3),
+    ]
+    letters = store.letters(5)
+    assert [(letter.job.id, letter.job.error, letter.dead_s) for letter in letters] == [
+        ("job-2", "second", 3),
+        ("job-1", "first", 10),
+    ]
+    assert (letters[0].job.owner, letters[0].job.attempts) == ("ann", 1)
+    assert store.letters(1) == letters[:1]
+
+
 def test_there_is_a_limit_to_jobs_and_to_bytes(store: SqliteJobs, moved: Time) -> None:
     few = replace(OPTIONS, waiting=2)
     for number in range(2):
@@ -569,6 +690,24 @@ class Queue(RuleBasedStateMachine):
         assert self.stores[which].forget(job_id) == bool(self.known[job_id].ended)
         if self.known[job_id].ended:
             self.gone(job_id)
+
+    @rule(which=st.integers(0, 1), name=st.sampled_from(["", "eta", "price"]))
+    def revive(self, which: int, name: str) -> None:
+        store = self.stores[which]
+        dead = [i for i, known in self.known.items() if known.ended == "dead" and name in ("", known.name)]
+        assert store.dead(name, 100) == dead
+        for job_id, came in store.revive([*dict.fromkeys([*self.known][:3] + dead)], self.options).items():
+            known = self.known[job_id]
+            waiting = [k for k in self.known.values() if not k.ended and k.name == known.name]
+            if known.ended != "dead":
+                assert came == "not dead"
+            elif len(waiting) >= self.options.waiting:
+                assert came == "no room"
+            else:
+                assert came == "queued"
+                # Its key was free since it died.
+                known.ended, known.key, known.attempts = "", "", 0
+                known.taken, known.until = self.time.ticks, self.time.ticks
 
     @rule(which=st.integers(0, 1))
     def renew(self, which: int) -> None:
