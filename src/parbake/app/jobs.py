@@ -357,6 +357,16 @@ class Jobs:
             self._wake.set()
         return job
 
+    async def same(self, request: Request, owner: str, key: str) -> Job | None:
+        """The job that this request is under its idempotency key already, whatever would come of it today.
+
+        Raises `Overloaded`, `QueueAway`.
+        """
+        desk = self._found(self._callers)
+        if not key or desk is None:
+            return None
+        return await self._ask(desk.store.same, owner, key, request)
+
     async def find(
         self, job_id: str, owner: str, wait_s: float = 0.0, gone: Callable[[], bool] = lambda: False
     ) -> Job:

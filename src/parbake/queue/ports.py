@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
-from parbake.queue.model import Claim, Depth, Job, Letter, NewJob, Options, Reply, Revival, Tally
+from parbake.queue.model import Claim, Depth, Job, Letter, NewJob, Options, Reply, Request, Revival, Tally
 
 
 class JobStore(Protocol):
@@ -23,6 +23,9 @@ class JobStore(Protocol):
 
         Raises `Conflict` where another request has that key, `Overloaded` where there is no room.
         """
+
+    def same(self, owner: str, key: str, request: Request) -> Job | None:
+        """The job that this very request was taken as, under this idempotency key."""
 
     def find(self, job_id: str) -> Job | None:
         """A job."""

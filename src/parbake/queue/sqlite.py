@@ -152,6 +152,17 @@ class SqliteJobs:
             )
             return self._job(db, new.id, now), True
 
+    def same(self, owner: str, key: str, request: Request) -> Job | None:
+        """See `JobStore`."""
+        if not key or not self.exists():
+            return None
+        with self._reading() as (db, now):
+            row = db.execute(
+                "SELECT id FROM jobs WHERE owner = ? AND key = ? AND key != '' AND digest = ?",
+                (owner, key, request.digest()),
+            ).fetchone()
+            return None if row is None else self._job(db, row[0], now)
+
     def find(self, job_id: str) -> Job | None:
         """See `JobStore`."""
         if not self.exists():

@@ -334,6 +334,14 @@ def test_an_idempotency_key_belongs_to_one_request_of_one_caller(store: SqliteJo
         store.take(new(3, owner="ann", key="k", body=b"y"), OPTIONS)
     assert "job-1" not in str(caught.value), "where no keys are needed, the owner may be anybody"
     assert store.take(new(4, owner="bob", key="k", body=b"y"), OPTIONS)[1]
+    same = [
+        store.same("ann", "k", new(9).request),
+        store.same("bob", "k", new(9, body=b"y").request),
+        store.same("ann", "k", new(9, body=b"y").request),
+        store.same("eve", "k", new(9).request),
+        store.same("ann", "", new(9).request),
+    ]
+    assert [found.id if found is not None else "" for found in same] == ["job-1", "job-4", "", "", ""]
     assert store.take(new(5, owner="ann"), OPTIONS)[1]
     assert store.take(new(6, owner="ann"), OPTIONS)[1]
     assert store.find("job-2") is None

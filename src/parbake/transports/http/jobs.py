@@ -106,9 +106,10 @@ class JobPages:
         endpoint = getattr(handlers.get(_path(form, name, version)), "__self__", None)
         if not self._front.jobs.on or not isinstance(endpoint, PredictionEndpoint | RoutedEndpoint):
             return False
-        if not endpoint.check(exchange):
-            return True
         key = _key(exchange)
+        # Without a key nothing is known of it, and it is refused in the same turn.
+        if not key and not endpoint.check(exchange):
+            return True
         kept = _KEPT | endpoint.headers - _NEVER if isinstance(endpoint, RoutedEndpoint) else _KEPT
         request = Request(
             name,
@@ -120,7 +121,13 @@ class JobPages:
         )
 
         async def accept() -> None:
-            job = await self._front.jobs.take(request, exchange.client, key)
+            jobs = self._front.jobs
+            job = await jobs.same(request, exchange.client, key)
+            if job is None:
+                # The model may be another one since the job was taken: only a new one must fit it.
+                if key and not endpoint.check(exchange):
+                    return
+                job = await jobs.take(request, exchange.client, key)
             headers = ((b"location", _url(job.id)), (b"preference-applied", b"respond-async"))
             exchange.reply(202, _shown(job), JSON, headers)
 
