@@ -14,9 +14,10 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final
 
 import msgspec
@@ -73,6 +74,8 @@ class Posted:
     sent: list[Sent] = field(default_factory=list)
     refused: list[Noted] = field(default_factory=list)
     """Refusals of jobs that were not 503."""
+    errors: list[Exception] = field(default_factory=list)
+    """What ended a caller before its time."""
 
     @property
     def acknowledged(self) -> list[Sent]:
@@ -87,8 +90,11 @@ def posting(port: int, model: str, callers: int = 3) -> Iterator[Posted]:
     stop = threading.Event()
     numbers = itertools.count(1)
     later: deque[Sent] = deque()
-    threads = [threading.Thread(target=_post, args=(posted, numbers, later, stop)) for _ in range(callers)]
-    threads += [threading.Thread(target=_fetch_some, args=(posted, later, stop)) for _ in range(callers)]
+    works = [
+        partial(_post, posted, numbers, later, stop),
+        partial(_fetch_some, posted, later, stop),
+    ] * callers
+    threads = [threading.Thread(target=_guarded, args=(work, posted.errors)) for work in works]
     for thread in threads:
         thread.start()
     try:
@@ -97,6 +103,15 @@ def posting(port: int, model: str, callers: int = 3) -> Iterator[Posted]:
         stop.set()
         for thread in threads:
             thread.join()
+    if posted.errors:
+        raise ExceptionGroup("callers that ended before their time", posted.errors)
+
+
+def _guarded(work: Callable[[], None], errors: list[Exception]) -> None:
+    try:
+        work()
+    except Exception as error:
+        errors.append(error)
 
 
 def send_again(posted: Posted) -> int:
@@ -186,40 +201,38 @@ def _until(caller: _Caller, method: str, path: str, job: Sent | None, end: float
 
 
 def _post(posted: Posted, numbers: itertools.count[int], later: deque[Sent], stop: threading.Event) -> None:
-    caller = _Caller(posted.port)
-    while not stop.is_set():
-        # One step of it is not interrupted.
-        number = next(numbers)
-        began = time.monotonic()
-        job = Sent(os.urandom(12).hex(), body((float(number), _STAMP)), 2.0 * number, began)
-        posted.sent.append(job)
-        reply = _until(caller, "POST", posted.path, job, began + PATIENCE_S)
-        if reply is not None and reply.status == 202:
-            job.ahead, job.heard = json.loads(reply.content)["ahead"], time.monotonic()
-            job.id = _id(reply.content)
-            later.append(job)
-        elif reply is not None:
-            posted.refused.append(Noted(began, time.monotonic(), reply.status, _code(reply.content), 0))
-        stop.wait(_PAUSE_S if job.ahead < _MOST_AHEAD else 20 * _PAUSE_S)
-    caller.close()
+    with closing(_Caller(posted.port)) as caller:
+        while not stop.is_set():
+            # One step of it is not interrupted.
+            number = next(numbers)
+            began = time.monotonic()
+            job = Sent(os.urandom(12).hex(), body((float(number), _STAMP)), 2.0 * number, began)
+            posted.sent.append(job)
+            reply = _until(caller, "POST", posted.path, job, began + PATIENCE_S)
+            if reply is not None and reply.status == 202:
+                job.ahead, job.heard = json.loads(reply.content)["ahead"], time.monotonic()
+                job.id = _id(reply.content)
+                later.append(job)
+            elif reply is not None:
+                posted.refused.append(Noted(began, time.monotonic(), reply.status, _code(reply.content), 0))
+            stop.wait(_PAUSE_S if job.ahead < _MOST_AHEAD else 20 * _PAUSE_S)
 
 
 def _fetch_some(posted: Posted, later: deque[Sent], stop: threading.Event) -> None:
     """Ask for one after the other; who is not answered yet must not keep the next from being asked for."""
-    caller = _Caller(posted.port, _SHORT_S)
-    while not stop.is_set():
-        try:
-            job = later.popleft()
-        except IndexError:
+    with closing(_Caller(posted.port, _SHORT_S)) as caller:
+        while not stop.is_set():
+            try:
+                job = later.popleft()
+            except IndexError:
+                stop.wait(_PAUSE_S)
+                continue
+            reply = caller.ask("GET", f"/v2/jobs/{job.id}/result?wait=1", None)
+            if reply is not None and reply.status == 200:
+                job.early = reply.content
+                continue
+            later.append(job)
             stop.wait(_PAUSE_S)
-            continue
-        reply = caller.ask("GET", f"/v2/jobs/{job.id}/result?wait=1", None)
-        if reply is not None and reply.status == 200:
-            job.early = reply.content
-            continue
-        later.append(job)
-        stop.wait(_PAUSE_S)
-    caller.close()
 
 
 def _is_right(job: Sent, content: bytes) -> bool:

@@ -186,8 +186,9 @@ def is_there(pid: int) -> bool:
 def busy(url: str, path: str) -> bool:
     """Whether a row that comes now has to wait. The row is a new one: an answer to an old one may be kept."""
     row = (1, time.monotonic() % 1000)
+    noted = once(url, path, infer(row), parbake_deadline_ms="100")
     # Who is seen to wait too long is refused at once.
-    return once(url, path, infer(row), parbake_deadline_ms="100").status in (503, 504)
+    return noted.status == 504 or (noted.status == 503 and noted.json()["code"] == "overloaded")
 
 
 def memory_mb(server: Server) -> float:

@@ -32,6 +32,9 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path.split("/")[3] == "refuses" and row[0] == 3.0:
             self.reply(409, {"error": "no", "code": "conflict"})
             return
+        if self.path.split("/")[3] == "garbles":
+            self.reply(202, {})
+            return
         job = known.setdefault(key, f"{self.path.split('/')[3]}-{row[0]:g}")
         if key.endswith("again"):
             job += "x"
@@ -117,3 +120,15 @@ def test_callers_notice_what_one_job_in_many_came_to(
     assert len(heard.noted) == len(posted.acknowledged) == len(posted.sent) - refused
     assert all(noted.status != SILENT for noted in heard.good)
     assert ("answered" in heard.complaint) == bool(wrong)
+
+
+def crash(port: int) -> None:
+    with posting(port, "garbles", callers=1) as posted:
+        while not posted.errors:
+            time.sleep(0.01)
+
+
+def test_a_caller_that_ends_before_its_time_is_no_silence(port: int) -> None:
+    with pytest.raises(ExceptionGroup) as told:
+        crash(port)
+    assert isinstance(told.value.exceptions[0], KeyError)

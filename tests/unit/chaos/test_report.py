@@ -103,11 +103,13 @@ def test_a_promise_holds_at_its_limit_and_not_beyond_it() -> None:
     [
         ((), True, False),
         (("deadline_exceeded", "overloaded"), False, True),
+        (("overloaded",) * 20, False, True),
+        (("overloaded",) * 21, False, False),
         (("deadline_exceeded", "runner_down"), False, False),
         (("",), False, False),
     ],
 )
-def test_a_failure_is_about_time_where_only_deadlines_stood_in_the_way(
+def test_failures_are_about_time_where_they_are_few_and_only_deadlines_stood_in_the_way(
     codes: tuple[str, ...], is_held: bool, about_time: bool
 ) -> None:
     check = no_failures("x", [noted(1, 503, code) for code in codes])
