@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -359,8 +360,7 @@ def test_a_function_is_packed_with_its_source_and_runs_without_the_original(
     assert {file.path for file in stored.manifest.files if file.path.endswith(".py")} == {
         "source/fares.py", "source/fares_rates.py",
     }  # fmt: skip
-    for file in root.iterdir():
-        file.unlink()
+    shutil.rmtree(root)
     answer = parbake.load(bundle.path).predict(table)
     assert answer["fare"].tolist() == [3.0, 20.0]
     assert answer["far"].tolist() == [False, True]
