@@ -262,7 +262,10 @@ class QueueSettings(Struct, frozen=True, forbid_unknown_fields=True):
     ] = 4
     jobs_bytes: Annotated[
         int,
-        Option("Size of the queue, results included, beyond which no job is taken.", "BYTES"),
+        Option(
+            "Size of the queue, results included, beyond which no job is taken; requests of dead jobs make room.",
+            "BYTES",
+        ),
         msgspec.Meta(ge=1),
     ] = 1024 * 1024 * 1024
     job_keep_s: Annotated[float, Option("How long results are kept.", "SECONDS"), msgspec.Meta(gt=0)] = (

@@ -349,11 +349,16 @@ def test_people_see_what_was_given_up_and_have_it_begun_again(
         assert counted["dead"] == 2
         assert counted["running"] >= 1
         assert counted["running"] + counted["queued"] == 10
-        assert parbake("remove", last)[0] == {"id": last, "deployment": "slow", "state": "dead"}
-        assert parbake("retry", "--all-dead", "--deployment", "slow") == {"retried": [url], "left": 0}
+        assert parbake("remove", last)[0] == {"id": last, "deployment": "slow", "state": "dead", "gone": True}
+        assert parbake("retry", "--all-dead", "--deployment", "slow") == {
+            "retried": [url],
+            "left": 0,
+            "stopped": "",
+        }
         assert main(["jobs", "retry", url, "--port", str(server.port)]) == 1
         assert "only one that is dead" in capsys.readouterr().err
         assert main(["jobs", "remove", last, "--port", str(server.port)]) == 3
+        assert parbake("remove", "--all-dead") == {"removed": 0, "more": False}
         gate.touch()
         assert answer(result(call, urls[-1])) == [1336.0, 24.0]
         assert call(urls[-2]).status == 404
@@ -364,6 +369,10 @@ def test_people_see_what_was_given_up_and_have_it_begun_again(
         token = {"authorization": f"Bearer {running.token}"}
         for body in (b"{}", b'{"id": "x", "all_dead": true}', b'{"id": "x", "deployment": "slow"}'):
             assert admin("/admin/jobs/retry", body, token).json()["code"] == "invalid_input"
+        for path in ("retry", "remove"):
+            refused = admin(f"/admin/jobs/{path}", b'{"all_dead": true, "deployment": ""}', token).json()
+            assert refused["error"] == "no deployment has an empty name"
+        assert admin("/admin/jobs/remove", b"{}", token).json()["code"] == "invalid_input"
 
 
 @contextmanager

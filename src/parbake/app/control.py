@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import itertools
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Final
 
 import msgspec
 from msgspec import Struct
 
-from parbake.app.jobs import JobCounts, JobRemoved, JobsReport, JobsRetried
+from parbake.app.jobs import DeadRemoved, JobCounts, JobRemoved, JobsReport, JobsRetried
 from parbake.app.keys import ApiKey
 from parbake.app.labels import Labelled
 from parbake.app.plan import Placed, Plan
@@ -245,6 +245,18 @@ class RemoveTold(Struct, frozen=True, tag=True):
     removed: JobRemoved
 
 
+class RemoveDead(Struct, frozen=True, tag=True):
+    """To a front: remove what was given up, of a deployment, or of all for ""."""
+
+    deployment: str = ""
+
+
+class DeadTold(Struct, frozen=True, tag=True):
+    """Reply to `RemoveDead`."""
+
+    removed: DeadRemoved
+
+
 class GetMetrics(Struct, frozen=True, tag=True):
     """To the supervisor: the page for Prometheus."""
 
@@ -323,6 +335,8 @@ Message = (
     | RetryTold
     | RemoveJob
     | RemoveTold
+    | RemoveDead
+    | DeadTold
     | GetMetrics
     | Text
     | GetStatistics
@@ -432,6 +446,29 @@ class Channel:
             body = Failed("error", f"{type(error).__name__}: {error}")
         if not self.closed.is_set():
             self._send(Envelope(envelope.id, True, body))
+
+
+async def ask_one(
+    channels: Iterable[Channel], message: Message, timeout_s: float, *, changes: bool
+) -> Message | None:
+    """What one of several says for all, who can answer alike; None where none is there.
+
+    Where it ``changes`` something, nobody else is asked after one that falls silent: it may be at work on it still.
+    Raises what the other end raised, `NotReady` if nobody answers.
+    """
+    failure: NotReady | None = None
+    for channel in channels:
+        if channel.closed.is_set():
+            continue
+        try:
+            return await channel.call(message, timeout_s)
+        except NotReady as error:
+            if changes:
+                raise NotReady(f"{error.message}: what was asked may have happened all the same") from error
+            failure = error
+    if failure is not None:
+        raise failure
+    return None
 
 
 def failure_of(error: ParbakeError) -> Failed:

@@ -18,6 +18,7 @@ from parbake.app.control import (
     AllCounts,
     Channel,
     Commit,
+    DeadTold,
     Done,
     Foretell,
     GetCounts,
@@ -32,6 +33,7 @@ from parbake.app.control import (
     Prepare,
     Prepared,
     Profiles,
+    RemoveDead,
     RemoveJob,
     RemoveTold,
     RetryJobs,
@@ -255,6 +257,8 @@ class Front:
             return RetryTold(await (jobs.retry(message.id) if message.id else jobs.retry_dead(name)))
         if isinstance(message, RemoveJob):
             return RemoveTold(await self.jobs.remove(message.id))
+        if isinstance(message, RemoveDead):
+            return DeadTold(await self.jobs.remove_dead(message.deployment))
         raise NotReady(f"a front does not answer {type(message).__name__}")
 
     async def drain(self) -> None:

@@ -14,16 +14,24 @@ import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, ParamSpec, TypeVar
 
 from msgspec import Struct
 
-from parbake.errors import Conflict, JobCancelled, JobDead, JobNotFound, Overloaded, ParbakeError
+from parbake.errors import (
+    Conflict,
+    JobCancelled,
+    JobDead,
+    JobNotFound,
+    Overloaded,
+    ParbakeError,
+    Unavailable,
+)
 from parbake.logs import log
 from parbake.queue.clock import Clock, machine_clock
 from parbake.queue.model import Claim, Depth, Job, NewJob, Options, Reply, Request, Revival, State
@@ -59,8 +67,8 @@ _LEAVE: Final = 0.5
 """Part of the time to drain after which jobs that are still under way are left to others."""
 _MOST_LETTERS: Final = 100
 """Dead jobs that are told one by one."""
-_MOST_RETRIED: Final = 10_000
-"""Dead jobs that are begun again at once."""
+_MOST_AT_ONCE: Final = 10_000
+"""Dead jobs that are begun again, or removed, at one word."""
 _STEP: Final = 100
 """Of those, in one transaction: callers' jobs are taken in between."""
 _ID_BYTES: Final = 16
@@ -155,7 +163,9 @@ class JobsRetried(Struct, frozen=True):
 
     retried: tuple[str, ...]
     left: int = 0
-    """For which there was no room: their deployments have ``jobs_waiting`` unanswered jobs."""
+    """For which there was no room (their deployments have ``jobs_waiting`` unanswered jobs), or no time."""
+    stopped: str = ""
+    """Why there was no time for all; "" where there was."""
 
 
 class JobRemoved(Struct, frozen=True):
@@ -164,6 +174,16 @@ class JobRemoved(Struct, frozen=True):
     id: str
     deployment: str
     state: State
+    gone: bool = True
+    """Whether it is not there any more: one that was taken back still says so to whoever asked."""
+
+
+class DeadRemoved(Struct, frozen=True):
+    """Dead jobs that were removed."""
+
+    removed: int
+    more: bool = False
+    """Whether there are others, beyond what is removed at once."""
 
 
 def new_id() -> str:
@@ -339,7 +359,27 @@ class Jobs:
         """
         if not self._takes:
             raise _not_found("")
-        options, desk = self._there()
+        with self._holding(request):
+            return await self._taken_in(request, owner, key, None)
+
+    async def take_once(self, request: Request, owner: str, key: str, fits: Callable[[], bool]) -> Job | None:
+        """The job that this request is under its idempotency key already, whatever would come of it today.
+
+        Where there is none it is taken if it ``fits``; None where it does not. Raises as `take`.
+        """
+        if not self._takes:
+            raise _not_found("")
+        with self._holding(request):
+            digest, desk = None, self._found(self._callers)
+            if desk is not None:
+                digest, job = await self._ask(_same, desk.store, owner, key, request)
+                if job is not None:
+                    return job
+            return await self._taken_in(request, owner, key, digest) if fits() else None
+
+    @contextmanager
+    def _holding(self, request: Request) -> Iterator[None]:
+        """Have the request wait for the store. Raises `Overloaded` where too much does."""
         size = len(request.body)
         if self._pending_bytes and self._pending_bytes + size > self._most_pending_bytes:
             raise Overloaded(
@@ -348,24 +388,18 @@ class Jobs:
             )
         self._pending_bytes += size
         try:
-            new = NewJob(new_id(), owner, key, request)
-            job, is_new = await self._ask(desk.store.take, new, options)
+            yield
         finally:
             self._pending_bytes -= size
+
+    async def _taken_in(self, request: Request, owner: str, key: str, digest: bytes | None) -> Job:
+        options, desk = self._there()
+        new = NewJob(new_id(), owner, key, request, digest)
+        job, is_new = await self._ask(desk.store.take, new, options)
         if is_new:
             self._taken[request.deployment] += 1
             self._wake.set()
         return job
-
-    async def same(self, request: Request, owner: str, key: str) -> Job | None:
-        """The job that this request is under its idempotency key already, whatever would come of it today.
-
-        Raises `Overloaded`, `QueueAway`.
-        """
-        desk = self._found(self._callers)
-        if not key or desk is None:
-            return None
-        return await self._ask(desk.store.same, owner, key, request)
 
     async def find(
         self, job_id: str, owner: str, wait_s: float = 0.0, gone: Callable[[], bool] = lambda: False
@@ -421,32 +455,38 @@ class Jobs:
             raise _not_found(job_id)
         return reply
 
-    async def cancel(self, job_id: str, owner: str | None) -> Job:
+    async def cancel(self, job_id: str, owner: str) -> Job:
         """Take back a job that waits, and remove one that has come to its end, with its answer.
 
-        ``owner`` is None for whoever runs the server. Raises `Conflict` where somebody is at work on it, `JobNotFound`,
+        One that was taken back already stays so. Raises `Conflict` where somebody is at work on it, `JobNotFound`,
         `Overloaded`, `QueueAway`.
         """
         _, desk = self._there(job_id)
-        store = desk.store
-        job = self._known(await self._ask(store.find, job_id), job_id, owner)
+        job = self._known(await self._ask(desk.store.find, job_id), job_id, owner)
         if job.state == "cancelled":
             return job
+        return (await self._end(desk.store, job_id, all_=False))[0]
+
+    async def _end(self, store: JobStore, job_id: str, *, all_: bool) -> tuple[Job, bool]:
+        """Take a job back, or remove it; gives it, and whether it is gone. ``all_``: also one that was taken back."""
         if await self._ask(store.cancel, job_id):
-            self._count(job.deployment, "cancelled")
             self._tell((job_id,))
-            return self._known(await self._ask(store.find, job_id), job_id, owner)
-        job = self._known(await self._ask(store.find, job_id), job_id, owner)
+            job = _there_is(await self._ask(store.find, job_id), job_id)
+            self._count(job.deployment, "cancelled")
+            return job, False
+        job = _there_is(await self._ask(store.find, job_id), job_id)
         if not job.finished:
             raise Conflict(
                 f"job {job_id} is {job.state}, and only one that waits can be cancelled",
                 hint=f"GET /v2/jobs/{job_id}/result has the answer soon",
             )
-        if job.state != "cancelled" and not await self._ask(store.forget, job_id):
+        if job.state == "cancelled" and not all_:
+            return job, False
+        if not await self._ask(store.forget, job_id):
             # Somebody was faster: it is gone, or was dead and is begun again.
-            job = self._known(await self._ask(store.find, job_id), job_id, owner)
+            job = _there_is(await self._ask(store.find, job_id), job_id)
             raise Conflict(f"job {job_id} is {job.state} now", hint="look at it again")
-        return job
+        return job, True
 
     # Whoever runs the server -----------------------------------------------------------------------
 
@@ -488,7 +528,7 @@ class Jobs:
         store = desk.store
         came = (await self._revive((job_id,), options, desk))[job_id]
         if came == "not dead":
-            job = self._known(await self._ask(store.find, job_id), job_id, None)
+            job = _there_is(await self._ask(store.find, job_id), job_id)
             raise Conflict(f"job {job_id} is {job.state}, and only one that is dead can be retried")
         if came == "not kept":
             raise Conflict(
@@ -513,13 +553,23 @@ class Jobs:
         if desk is None or options is None:
             return JobsRetried(())
         # Those that are dead now: what dies once more must not be begun again by the same word.
-        job_ids = await self._ask(desk.store.dead, deployment, _MOST_RETRIED)
+        job_ids = await self._ask(desk.store.dead, deployment, _MOST_AT_ONCE)
         came: dict[str, Revival] = {}
+        stopped = ""
         for begin in range(0, len(job_ids), _STEP):
-            came |= await self._revive(job_ids[begin : begin + _STEP], options, desk)
+            try:
+                came |= await self._revive(job_ids[begin : begin + _STEP], options, desk)
+            except Unavailable as error:
+                if not came:
+                    raise
+                # What was begun again is told all the same.
+                stopped = error.message
+                break
         words = list(came.values())
         return JobsRetried(
-            tuple(job_id for job_id, word in came.items() if word == "queued"), words.count("no room")
+            tuple(job_id for job_id, word in came.items() if word == "queued"),
+            words.count("no room") + len(job_ids) - len(came),
+            stopped,
         )
 
     async def _revive(self, job_ids: Sequence[str], options: Options, desk: _Asker) -> dict[str, Revival]:
@@ -531,10 +581,31 @@ class Jobs:
         return came
 
     async def remove(self, job_id: str) -> JobRemoved:
-        """Take a job back that waits, or remove one that has come to its end, whosever it is. Raises as `cancel`."""
-        job = await self.cancel(job_id, None)
+        """Take a job back that waits, or remove one that has come to its end, whosever it is, and however it ended.
+
+        Raises as `cancel`.
+        """
+        _, desk = self._there(job_id)
+        job, gone = await self._end(desk.store, job_id, all_=True)
         log().info("job.removed", job=job.id, deployment=job.deployment, state=job.state)
-        return JobRemoved(job.id, job.deployment, job.state)
+        return JobRemoved(job.id, job.deployment, job.state, gone)
+
+    async def remove_dead(self, deployment: str = "") -> DeadRemoved:
+        """Remove all dead jobs, or those of one deployment. Raises `Overloaded`, `QueueAway`."""
+        desk = self._found(self._callers)
+        if desk is None:
+            return DeadRemoved(0)
+        removed, more = 0, True
+        try:
+            while more and removed < _MOST_AT_ONCE:
+                count = await self._ask(desk.store.forget_dead, deployment, _STEP)
+                removed, more = removed + count, count == _STEP
+        except Unavailable:
+            if not removed:
+                raise
+        if removed:
+            log().info("jobs.removed", count=removed, deployment=deployment)
+        return DeadRemoved(removed, more)
 
     async def counts(self) -> JobCounts | None:
         """What there is to count; None where there never was a job."""
@@ -777,8 +848,8 @@ class Jobs:
             raise _not_found(job_id)
         return options, desk
 
-    def _known(self, job: Job | None, job_id: str, owner: str | None) -> Job:
-        if job is None or owner not in (None, job.owner):
+    def _known(self, job: Job | None, job_id: str, owner: str) -> Job:
+        if job is None or owner != job.owner:
             raise _not_found(job_id)
         return job
 
@@ -797,6 +868,18 @@ class Jobs:
         if now - self._said >= _SAY_S:
             self._said = now
             log().error("jobs.away", error=error.message, hint=error.hint)
+
+
+def _same(store: JobStore, owner: str, key: str, request: Request) -> tuple[bytes, Job | None]:
+    digest = request.digest()
+    return digest, store.same(owner, key, digest)
+
+
+def _there_is(job: Job | None, job_id: str) -> Job:
+    """The job, whosever it is. Raises `JobNotFound`."""
+    if job is None:
+        raise _not_found(job_id)
+    return job
 
 
 def _not_found(job_id: str) -> JobNotFound:

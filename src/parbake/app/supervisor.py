@@ -27,6 +27,7 @@ from parbake.app.control import (
     Channel,
     Commit,
     Configure,
+    DeadTold,
     Done,
     Drain,
     Foretell,
@@ -47,6 +48,7 @@ from parbake.app.control import (
     Prepare,
     Prepared,
     Profiles,
+    RemoveDead,
     RemoveJob,
     RemoveTold,
     RetryJobs,
@@ -60,9 +62,10 @@ from parbake.app.control import (
     VersionCounts,
     Wanted,
     Wedged,
+    ask_one,
 )
 from parbake.app.follow import Follower, Following, Taken
-from parbake.app.jobs import JobCounts, JobRemoved, JobsReport, JobsRetried
+from parbake.app.jobs import DeadRemoved, JobCounts, JobRemoved, JobsReport, JobsRetried
 from parbake.app.keys import read_keys
 from parbake.app.labels import Labelled, LabelStore
 from parbake.app.plan import Placed, Plan, PlanEntry
@@ -1466,31 +1469,39 @@ class Supervisor:
 
     async def jobs(self) -> JobsReport:
         """The jobs that there are. Raises `QueueAway`, `QueueTorn`, `Overloaded`, `NotReady`."""
-        return (await self._ask_queue(GetJobs(), JobsTold)).report
+        return (await self._ask_queue(GetJobs(), JobsTold, changes=False)).report
 
     async def retry_jobs(self, job_id: str = "", deployment: str = "") -> JobsRetried:
         """Have a dead job begun again, or all of them, or those of one deployment.
 
-        Raises `JobNotFound`, `Conflict` where there is nothing to begin again, and as `jobs`.
+        Raises `JobNotFound`, `Conflict` where there is nothing to begin again, and as `jobs`; after a `NotReady` it may
+        have happened.
         """
-        return (await self._ask_queue(RetryJobs(job_id, deployment), RetryTold)).retried
+        return (await self._ask_queue(RetryJobs(job_id, deployment), RetryTold, changes=True)).retried
 
     async def remove_job(self, job_id: str) -> JobRemoved:
-        """Take back a job that waits, or remove one that has an end. Raises `JobNotFound`, `Conflict`, or as `jobs`."""
-        return (await self._ask_queue(RemoveJob(job_id), RemoveTold)).removed
+        """Take back a job that waits, or remove one that has an end.
 
-    async def _ask_queue(self, message: Message, kind: type[_T]) -> _T:
+        Raises `JobNotFound`, `Conflict`, or as `retry_jobs`.
+        """
+        return (await self._ask_queue(RemoveJob(job_id), RemoveTold, changes=True)).removed
+
+    async def remove_dead(self, deployment: str = "") -> DeadRemoved:
+        """Remove all dead jobs, or those of one deployment. Raises as `retry_jobs`."""
+        return (await self._ask_queue(RemoveDead(deployment), DeadTold, changes=True)).removed
+
+    async def _ask_queue(self, message: Message, kind: type[_T], *, changes: bool) -> _T:
         """What any front says for all: they have one queue."""
-        failure = NotReady("no front is there to look into the queue of jobs")
-        for front in list(self._fronts):
-            try:
-                reply = await front.channel.call(message, _QUEUE_S)
-            except NotReady as error:
-                failure = error
-                continue
-            if isinstance(reply, kind):
-                return reply
-        raise failure
+        fronts = [front.channel for front in self._fronts]
+        try:
+            reply = await ask_one(fronts, message, _QUEUE_S, changes=changes)
+        except NotReady as error:
+            if changes:
+                error.hint = "parbake jobs shows how it is"
+            raise
+        if isinstance(reply, kind):
+            return reply
+        raise NotReady("no front is there to look into the queue of jobs")
 
     async def traffic(self) -> dict[str, TrafficReport]:
         """The traffic of each deployment, over the fronts that run now."""

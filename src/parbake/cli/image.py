@@ -9,7 +9,7 @@ import click
 
 from parbake.cli.options import (
     Command,
-    debug_option,
+    Group,
     json_option,
     progress_option,
     registry_options,
@@ -31,15 +31,7 @@ state_option = click.option(
 store_option = settings_options(ReleaseSettings, only=("store",))
 
 
-class _Group(click.Group):
-    """Subcommands; takes ``--debug`` in front of them too."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.params.append(debug_option())
-
-
-@click.group(cls=_Group, short_help="Build OCI images with a bundle in them, list them, remove old ones.")
+@click.group(cls=Group, short_help="Build OCI images with a bundle in them, list them, remove old ones.")
 def command() -> None:
     """Build OCI images with a bundle in them, list them, remove old ones.
 

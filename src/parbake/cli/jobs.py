@@ -2,58 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import click
+from click.core import ParameterSource
 
-from parbake.cli.options import Command, debug_option, json_option, server_options
+from parbake.cli.options import Command, Group, json_option, server_options
 from parbake.cli.output import age, emit, emit_json, emit_table, plain, say, size
+from parbake.errors import NotFound, QueueAway
 
 if TYPE_CHECKING:
-    from parbake.app.jobs import JobsReport
+    from parbake.app.jobs import JobRemoved, JobsReport
     from parbake.queue.model import State
 
 _STATES: Final[tuple[State, ...]] = ("queued", "running", "done", "failed", "cancelled", "dead")
 _TITLES: Final = ("deployment", *_STATES, "waiting since")
 _DEAD_TITLES: Final = ("job", "deployment", "asked by", "attempts", "given up", "why")
+_MORE: Final = "the same command takes more of them in"
+_LOOK: Final = "parbake jobs shows which deployments have any"
 
 
 @dataclass(frozen=True, slots=True)
-class _Server:
-    """Which one is meant, as the options in front of a subcommand say."""
+class _Asked:
+    """What the options in front of a subcommand say: which server, and how it is told."""
 
-    port: int | None
-    admin_url: str
-    token: str
-
-    def where(self, port: int | None, admin_url: str, token: str) -> dict[str, Any]:
-        """The same with the options behind it, which go first."""
-        return {
-            "port": port or self.port,
-            "admin_url": admin_url or self.admin_url,
-            "token": token or self.token,
-        }
-
-
-class _Group(click.Group):
-    """Subcommands; takes ``--debug`` in front of them too."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.params.append(debug_option())
+    where: dict[str, Any]
+    as_json: bool
 
 
 @click.group(
-    cls=_Group,
+    cls=Group,
     invoke_without_command=True,
     short_help="Show the jobs of a running server; begin those again that were given up.",
 )
 @server_options
 @json_option
 @click.pass_context
-def command(ctx: click.Context, port: int | None, admin_url: str, token: str, as_json: bool) -> None:
+def command(ctx: click.Context, /, as_json: bool, **server: Any) -> None:
     """Show the jobs of a running server: how many are in which state, and those that were given up, with the reason.
 
     "waiting since" is when the oldest job was taken that has no answer yet. Of the jobs that were given up (dead) the
@@ -61,10 +48,10 @@ def command(ctx: click.Context, port: int | None, admin_url: str, token: str, as
     """
     from parbake.transports import client
 
-    ctx.obj = _Server(port, admin_url, token)
+    ctx.obj = _Asked(_where(ctx, server, server), as_json)
     if ctx.invoked_subcommand is not None:
         return
-    report = client.jobs(port=port, admin_url=admin_url, token=token)
+    report = client.jobs(**ctx.obj.where)
     if as_json:
         emit_json(report)
     else:
@@ -74,77 +61,123 @@ def command(ctx: click.Context, port: int | None, admin_url: str, token: str, as
 @command.command(cls=Command, short_help="Have jobs begun again that were given up.")
 @click.argument("job_ids", nargs=-1, metavar="[ID]...")
 @click.option("--all-dead", is_flag=True, help="All that were given up.")
-@click.option("--deployment", default="", metavar="NAME", help="With --all-dead: of this deployment only.")
+@click.option("--deployment", default=None, metavar="NAME", help="With --all-dead: of this deployment only.")
 @server_options
 @json_option
-@click.pass_obj
+@click.pass_context
 def retry(
-    server: _Server,
+    ctx: click.Context,
+    /,
     job_ids: tuple[str, ...],
     all_dead: bool,
-    deployment: str,
-    port: int | None,
-    admin_url: str,
-    token: str,
+    deployment: str | None,
     as_json: bool,
+    **server: Any,
 ) -> None:
     """Have jobs begun again that were given up (dead), under their ids and with all their attempts.
 
-    Ids are those that parbake jobs shows. With --all-dead it is every job that is dead now, as far as its deployment
-    has room for more that wait. A job's idempotency key is free since it was given up: whoever has sent the request
-    again under it meanwhile has another job.
+    Ids are those that parbake jobs shows. With --all-dead it is every job that is dead now and has its request still,
+    as far as its deployment has room for more that wait. A job's idempotency key is free since it was given up:
+    whoever has sent the request again under it meanwhile has another job.
     """
+    from parbake.app.jobs import JobsRetried
     from parbake.transports import client
 
-    if bool(job_ids) == all_dead or (deployment and not all_dead):
-        raise click.UsageError("give the ids of jobs, or --all-dead, which --deployment may narrow")
-    where = server.where(port, admin_url, token)
-    left = 0
-    retried: list[str] = []
+    _check_which(job_ids, all_dead, deployment)
+    where, as_json = _where(ctx, server, ctx.obj.where), as_json or ctx.obj.as_json
     if all_dead:
-        came = client.retry_dead(deployment, **where)
-        retried, left = list(came.retried), came.left
-    for job_id in job_ids:
-        retried += client.retry_job(job_id, **where).retried
-        if not as_json:
-            say(f"{job_id} is to be begun again")
-    if as_json:
-        emit_json({"retried": retried, "left": left})
+        came = client.retry_dead(deployment or "", **where)
+        if as_json:
+            emit_json(came)
+        elif came.retried or not deployment:
+            say(f"{_jobs(len(came.retried))} to be begun again")
+        if came.stopped:
+            raise QueueAway(f"{_jobs(came.left)} left dead: {came.stopped}", hint=_MORE)
+        if came.left and not as_json:
+            say(f"{_jobs(came.left)} left dead for want of room: {_MORE} when some are answered")
+        if deployment and not came.retried and not came.left:
+            raise NotFound(f"{deployment!r} has no dead job that can be begun again", hint=_LOOK)
         return
-    if all_dead:
-        say(f"{_jobs(len(retried))} to be begun again")
-    if left:
-        say(
-            f"{_jobs(left)} left dead for want of room: the same command takes more of them in when some are answered"
-        )
+    retried: tuple[str, ...] = ()
+    try:
+        for job_id in job_ids:
+            retried += client.retry_job(job_id, **where).retried
+            if not as_json:
+                say(f"{job_id} is to be begun again")
+    finally:
+        # What was done is told, whatever comes of the next one.
+        if as_json:
+            emit_json(JobsRetried(retried))
 
 
-@command.command(cls=Command, short_help="Take back a job that waits, or remove one that has an end.")
-@click.argument("job_ids", nargs=-1, required=True, metavar="ID...")
+@command.command(cls=Command, short_help="Take back jobs that wait, or remove those that have an end.")
+@click.argument("job_ids", nargs=-1, metavar="[ID]...")
+@click.option("--all-dead", is_flag=True, help="All that were given up.")
+@click.option("--deployment", default=None, metavar="NAME", help="With --all-dead: of this deployment only.")
 @server_options
 @json_option
-@click.pass_obj
+@click.pass_context
 def remove(
-    server: _Server, job_ids: tuple[str, ...], port: int | None, admin_url: str, token: str, as_json: bool
+    ctx: click.Context,
+    /,
+    job_ids: tuple[str, ...],
+    all_dead: bool,
+    deployment: str | None,
+    as_json: bool,
+    **server: Any,
 ) -> None:
     """Take back jobs that wait, and remove those that have come to their end, with their answers.
 
-    Who asked for one that was taken back is told so (job_cancelled); one that is removed is not there any more. A job
-    that is being answered is left alone.
+    Who asked for one that was taken back is told so (job_cancelled); one that is removed is not there any more, and one
+    that was taken back before is removed too. A job that is being answered is left alone. With --all-dead it is every
+    job that was given up.
     """
     from parbake.transports import client
 
-    where = server.where(port, admin_url, token)
-    removed = []
-    for job_id in job_ids:
-        removed.append(client.remove_job(job_id, **where))
-        if not as_json:
-            words = (
-                "is cancelled" if removed[-1].state == "cancelled" else f"({removed[-1].state}) is removed"
-            )
-            say(f"{job_id} {words}")
-    if as_json:
-        emit_json(removed)
+    _check_which(job_ids, all_dead, deployment)
+    where, as_json = _where(ctx, server, ctx.obj.where), as_json or ctx.obj.as_json
+    if all_dead:
+        came = client.remove_dead(deployment or "", **where)
+        if as_json:
+            emit_json(came)
+        elif came.removed or not deployment:
+            say(f"{_jobs(came.removed)} removed")
+        if came.more and not as_json:
+            say("there are more: the same command removes them")
+        if deployment and not came.removed:
+            raise NotFound(f"{deployment!r} has no dead job", hint=_LOOK)
+        return
+    removed: list[JobRemoved] = []
+    try:
+        for job_id in job_ids:
+            removed.append(client.remove_job(job_id, **where))
+            if not as_json:
+                words = f"({removed[-1].state}) is removed" if removed[-1].gone else "is cancelled"
+                say(f"{job_id} {words}")
+    finally:
+        if as_json:
+            emit_json(removed)
+
+
+def _where(ctx: click.Context, given: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """Which server is meant: flags go before what was said before, and that before what the environment says."""
+    flags = {
+        name: value
+        for name, value in given.items()
+        if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    }
+    if "port" in flags:
+        # It means another server than a URL that does not stand beside it.
+        flags.setdefault("admin_url", "")
+    return {**before, **flags}
+
+
+def _check_which(job_ids: Sequence[str], all_dead: bool, deployment: str | None) -> None:
+    if bool(job_ids) == all_dead or (deployment is not None and not all_dead):
+        raise click.UsageError("give the ids of jobs, or --all-dead, which --deployment may narrow")
+    if deployment == "":
+        # As of a variable that is not set: it must not mean the jobs of all.
+        raise click.UsageError("--deployment is empty: give a name, or leave it out to mean all deployments")
 
 
 def show(report: JobsReport) -> None:

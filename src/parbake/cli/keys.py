@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
-from parbake.cli.options import Command, debug_option, json_option
+from parbake.cli.options import Command, Group, json_option
 from parbake.cli.output import emit, emit_json, emit_table, say
 
 file_option = click.option(
@@ -20,15 +19,7 @@ file_option = click.option(
 )
 
 
-class _Group(click.Group):
-    """Subcommands; takes ``--debug`` in front of them too."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.params.append(debug_option())
-
-
-@click.group(cls=_Group, short_help="Make, list and remove the API keys of a server's clients.")
+@click.group(cls=Group, short_help="Make, list and remove the API keys of a server's clients.")
 def command() -> None:
     """Make, list and remove the API keys of a server's clients.
 

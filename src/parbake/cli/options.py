@@ -243,6 +243,14 @@ class Command(click.Command):
         self.params.append(debug_option())
 
 
+class Group(click.Group):
+    """Subcommands; takes ``--debug`` in front of them too."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params.append(debug_option())
+
+
 def debug_option() -> click.Option:
     """``--debug``: the traceback of an error."""
 

@@ -63,6 +63,8 @@ class NewJob:
     """Name of the API key that asked, "" where none is needed: to nobody else is there such a job."""
     key: str
     request: Request
+    digest: bytes | None = None
+    """Of the request, where it was worked out before: of a large one that takes a while."""
 
 
 @dataclass(frozen=True, slots=True)

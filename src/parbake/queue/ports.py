@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
-from parbake.queue.model import Claim, Depth, Job, Letter, NewJob, Options, Reply, Request, Revival, Tally
+from parbake.queue.model import Claim, Depth, Job, Letter, NewJob, Options, Reply, Revival, Tally
 
 
 class JobStore(Protocol):
@@ -21,11 +21,13 @@ class JobStore(Protocol):
     def take(self, new: NewJob, options: Options) -> tuple[Job, bool]:
         """Keep a job; gives it, and whether it is new or was there under its idempotency key.
 
+        Where the bytes do not suffice, the requests of dead jobs go that were taken first: they stay dead.
+
         Raises `Conflict` where another request has that key, `Overloaded` where there is no room.
         """
 
-    def same(self, owner: str, key: str, request: Request) -> Job | None:
-        """The job that this very request was taken as, under this idempotency key."""
+    def same(self, owner: str, key: str, digest: bytes) -> Job | None:
+        """The job that the request of this digest was taken as, under this idempotency key."""
 
     def find(self, job_id: str) -> Job | None:
         """A job."""
@@ -38,6 +40,9 @@ class JobStore(Protocol):
 
     def forget(self, job_id: str) -> bool:
         """Remove a job that will not change any more, and its answer; gives whether it was. There is room then."""
+
+    def forget_dead(self, deployment: str, most: int) -> int:
+        """Remove jobs that were given up, of all deployments for ""; gives how many were."""
 
     def tally(self) -> list[Tally]:
         """All jobs that there are, counted, by deployment and state."""

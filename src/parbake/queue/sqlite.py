@@ -48,6 +48,10 @@ _STEP: Final = 100
 _VACUUM_PAGES: Final = 2000
 """Pages that are given back to the disk at a time."""
 _RETRY_S: Final = 1.0
+_MOST_LOOKED_AT: Final = 10_000
+"""Requests that are gone through to make room for one."""
+_ROW_BYTES: Final = 4096
+"""That a request takes beside its body, at most."""
 _LOOKED_THROUGH_BYTES: Final = 64 * 1024 * 1024
 """A larger file is not read as a whole when it is opened."""
 
@@ -123,7 +127,7 @@ class SqliteJobs:
 
     def take(self, new: NewJob, options: Options) -> tuple[Job, bool]:
         """See `JobStore`."""
-        request, digest = new.request, new.request.digest()
+        request, digest = new.request, new.digest if new.digest is not None else new.request.digest()
         with self._writing(create=True) as (db, now):
             if new.key:
                 row = db.execute(
@@ -152,14 +156,14 @@ class SqliteJobs:
             )
             return self._job(db, new.id, now), True
 
-    def same(self, owner: str, key: str, request: Request) -> Job | None:
+    def same(self, owner: str, key: str, digest: bytes) -> Job | None:
         """See `JobStore`."""
         if not key or not self.exists():
             return None
         with self._reading() as (db, now):
             row = db.execute(
                 "SELECT id FROM jobs WHERE owner = ? AND key = ? AND key != '' AND digest = ?",
-                (owner, key, request.digest()),
+                (owner, key, digest),
             ).fetchone()
             return None if row is None else self._job(db, row[0], now)
 
@@ -215,6 +219,20 @@ class SqliteJobs:
                 for table in ("replies", "requests"):
                     db.execute(f"DELETE FROM {table} WHERE number = ?", row)  # noqa: S608
         return row is not None
+
+    def forget_dead(self, deployment: str, most: int) -> int:
+        """See `JobStore`."""
+        if not self.exists():
+            return 0
+        with self._writing() as (db, _):
+            numbers = db.execute(
+                "SELECT number FROM jobs WHERE finished IS NOT NULL AND state = 'dead' AND ? IN ('', deployment) "
+                "ORDER BY finished LIMIT ?",
+                (deployment, most),
+            ).fetchall()
+            for table in ("requests", "jobs"):
+                db.executemany(f"DELETE FROM {table} WHERE number = ?", numbers)  # noqa: S608
+        return len(numbers)
 
     # Whoever looks after them ----------------------------------------------------------------------
 
@@ -383,12 +401,32 @@ class SqliteJobs:
                 retry_after_s=_RETRY_S,
             )
         taken = self._bytes(db)
-        if taken + len(new.request.body) > options.bytes:
+        beyond = taken + len(new.request.body) - options.bytes
+        if beyond > 0 and not self._make_room(db, beyond):
             raise Overloaded(
                 f"jobs and results take {taken} bytes, and {options.bytes} is the limit",
                 hint="send it again later, or raise jobs_bytes; results are removed after job_keep_s",
                 retry_after_s=_RETRY_S,
             )
+
+    def _make_room(self, db: sqlite3.Connection, wanted: int) -> bool:
+        """Drop requests of dead jobs, those taken first, until so many bytes are free; gives whether they are."""
+        # Requests are there of jobs that are open or dead only. The lengths are read without the bodies.
+        found = db.execute(
+            "SELECT r.number, r.bytes FROM (SELECT number, length(query) + length(headers) + length(body) AS bytes "
+            "FROM requests ORDER BY number LIMIT ?) r CROSS JOIN jobs j USING (number) WHERE j.state = 'dead'",
+            (_MOST_LOOKED_AT,),
+        ).fetchall()
+        if sum(size + _ROW_BYTES for _, size in found) < wanted:
+            return False
+        end = self._bytes(db) - wanted
+        freed = 0
+        for number, size in found:
+            db.execute("DELETE FROM requests WHERE number = ?", (number,))
+            freed += size + _ROW_BYTES
+            if freed >= wanted and self._bytes(db) <= end:
+                return True
+        return False
 
     def _waiting(self, db: sqlite3.Connection, deployment: str) -> int:
         """The unanswered jobs of a deployment."""
@@ -494,10 +532,11 @@ class SqliteJobs:
             return "not kept"
         if self._waiting(db, deployment) >= options.waiting:
             return "no room"
-        # What was lost goes alone this time too. Of an age at which it would be given up it is no longer.
+        # What was lost goes alone this time too. Of an age at which it would be given up it is no longer, and why it
+        # was given up is not what is wrong with it now.
         db.execute(
             "UPDATE jobs SET state = 'queued', finished = NULL, token = token + 1, attempts = 0, refusals = 0, "
-            "until = 0, taken = ? WHERE number = ?",
+            "until = 0, error = '', taken = ? WHERE number = ?",
             (now, number),
         )
         return "queued"

@@ -19,6 +19,8 @@ POST   /admin/labels/NAME               labels, as ``POST /v2/models/NAME/labels
 GET    /admin/jobs                      the jobs that there are, and those that were given up
 POST   /admin/jobs/retry                begin again what was given up: ``{"id"}``, or ``{"all_dead": true}``, which a
                                         ``deployment`` may narrow
+POST   /admin/jobs/remove               remove what was given up: ``{"all_dead": true}``, which a ``deployment`` may
+                                        narrow
 DELETE /admin/jobs/ID                   take back a job that waits, or remove one that has an end
 GET    /admin/traffic                   cardinality, peakedness and coverage curve by deployment
 GET    /metrics                         as on the serving port
@@ -60,8 +62,16 @@ class RetryRequest(Struct, frozen=True, forbid_unknown_fields=True):
 
     id: str = ""
     all_dead: bool = False
-    deployment: str = ""
+    deployment: str | None = None
     """Of ``all_dead``: of this one only."""
+
+
+class RemoveRequest(Struct, frozen=True, forbid_unknown_fields=True):
+    """Body of ``POST /admin/jobs/remove``: all that are dead."""
+
+    all_dead: bool = False
+    deployment: str | None = None
+    """Of this one only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,14 +187,23 @@ class _Admin:
             case ["admin", "jobs", "retry"]:
                 allow(exchange, b"POST")
                 retry = decode_json(msgspec.json.Decoder(RetryRequest), exchange.body)
-                if bool(retry.id) == retry.all_dead or (retry.deployment and not retry.all_dead):
+                if bool(retry.id) == retry.all_dead or (retry.deployment is not None and not retry.all_dead):
                     raise InvalidInput(
                         "which jobs?",
                         hint='{"id": "..."}, or {"all_dead": true}, which a "deployment" may narrow',
                     )
-                return msgspec.json.encode(
-                    await self._supervisor.retry_jobs(retry.id, retry.deployment)
-                ), JSON
+                name = _named(retry.deployment)
+                return msgspec.json.encode(await self._supervisor.retry_jobs(retry.id, name)), JSON
+            case ["admin", "jobs", "remove"]:
+                allow(exchange, b"POST")
+                remove = decode_json(msgspec.json.Decoder(RemoveRequest), exchange.body)
+                if not remove.all_dead:
+                    raise InvalidInput(
+                        "which jobs?",
+                        hint='{"all_dead": true}, which a "deployment" may narrow; DELETE /admin/jobs/ID has one',
+                    )
+                name = _named(remove.deployment)
+                return msgspec.json.encode(await self._supervisor.remove_dead(name)), JSON
             case ["admin", "jobs", job_id]:
                 allow(exchange, b"DELETE")
                 return msgspec.json.encode(await self._supervisor.remove_job(job_id)), JSON
@@ -206,3 +225,11 @@ class _Admin:
                 "the admin API needs its token",
                 hint="send 'authorization: Bearer TOKEN'; set the token with PARBAKE_ADMIN_TOKEN",
             )
+
+
+def _named(deployment: str | None) -> str:
+    """The deployment that is meant, "" for all. Raises `InvalidInput` where one is named, and has no name."""
+    if deployment == "":
+        # As of a variable that is not set: it must not mean the jobs of all.
+        raise InvalidInput("no deployment has an empty name", hint='without "deployment" all are meant')
+    return deployment or ""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from parbake.app.jobs import JobRemoved, JobsReport, JobsRetried
+from parbake.app.jobs import DeadRemoved, JobRemoved, JobsReport, JobsRetried
 from parbake.app.routes import RouteChange, RouteStatus
 from parbake.app.supervisor import Change, Reloaded, Status
 from parbake.errors import GateRefused, ParbakeError, ServerNotFound, SettingsError, by_code
@@ -173,9 +173,22 @@ def retry_dead(
     deployment: str = "", *, port: int | None = None, admin_url: str = "", token: str = ""
 ) -> JobsRetried:
     """Have all jobs begun again that were given up, or a deployment's. Raises `ServerNotFound`, `QueueAway`."""
-    body = msgspec.json.encode({"all_dead": True, "deployment": deployment})
+    body = _all_dead(deployment)
     reply = _call("POST", "/admin/jobs/retry", body, port=port, admin_url=admin_url, token=token)
     return msgspec.json.decode(reply, type=JobsRetried)
+
+
+def remove_dead(
+    deployment: str = "", *, port: int | None = None, admin_url: str = "", token: str = ""
+) -> DeadRemoved:
+    """Remove all jobs that were given up, or a deployment's. Raises `ServerNotFound`, `QueueAway`."""
+    body = _all_dead(deployment)
+    reply = _call("POST", "/admin/jobs/remove", body, port=port, admin_url=admin_url, token=token)
+    return msgspec.json.decode(reply, type=DeadRemoved)
+
+
+def _all_dead(deployment: str) -> bytes:
+    return msgspec.json.encode({"all_dead": True, **({"deployment": deployment} if deployment else {})})
 
 
 def remove_job(job_id: str, *, port: int | None = None, admin_url: str = "", token: str = "") -> JobRemoved:

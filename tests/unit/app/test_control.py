@@ -24,6 +24,7 @@ from parbake.app.control import (
     Text,
     Unload,
     VersionCounts,
+    ask_one,
 )
 from parbake.app.plan import Plan, PlanEntry
 from parbake.errors import BundleTorn, ModelNotFound, NotReady, ParbakeError
@@ -47,8 +48,11 @@ async def line(left: Handler = done, right: Handler = done) -> AsyncIterator[tup
         await two.closed.wait()
 
 
+PATIENCE_S = 20
+
+
 def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    asyncio.run(asyncio.wait_for(test(), 20))
+    asyncio.run(asyncio.wait_for(test(), PATIENCE_S))
 
 
 def test_replies_find_their_calls_in_whatever_order_they_come() -> None:
@@ -68,6 +72,51 @@ def test_replies_find_their_calls_in_whatever_order_they_come() -> None:
 
             await asyncio.gather(call("slow"), call("quick"), call("quick"))
             assert order == ["quick", "quick", "slow"]
+
+    run(test)
+
+
+def test_who_may_be_at_work_on_a_change_is_not_gone_past_and_who_is_asked_to_look_is() -> None:
+    asked: list[str] = []
+    ends: list[Channel] = []
+
+    async def dies(message: Message) -> Message:
+        asked.append("dies")
+        ends.pop().close()
+        return Done()
+
+    async def answers(message: Message) -> Message:
+        asked.append("answers")
+        return Text("here")
+
+    async def hangs(message: Message) -> Message:
+        await asyncio.sleep(PATIENCE_S)
+        return Done()
+
+    async def ask(channels: list[Channel], message: Message, *, changes: bool) -> Message | None:
+        return await ask_one(channels, message, PATIENCE_S, changes=changes)
+
+    async def test() -> None:
+        async with (
+            line(right=dies) as (one, its),
+            line(right=dies) as (two, hers),
+            line(right=answers) as (ok, _),
+        ):
+            ends.extend((hers, its))
+            assert await ask([one, two, ok], Ping(), changes=False) == Text("here")
+            assert asked == ["dies", "dies", "answers"]
+            # Nothing is sent to who is known to be gone.
+            assert await ask([one, two, ok], Load("eta"), changes=True) == Text("here")
+            assert await ask([one, two], Load("eta"), changes=True) is None
+            assert asked[3:] == ["answers"]
+        async with line(right=dies) as (one, its), line(right=answers) as (ok, _):
+            ends.append(its)
+            with pytest.raises(NotReady, match=r"has ended: what was asked may have happened all the same"):
+                await ask([one, ok], Load("eta"), changes=True)
+            assert asked[4:] == ["dies"]
+        async with line(right=hangs) as (one, _):
+            with pytest.raises(NotReady, match=r"no reply to Load .* may have happened"):
+                await ask_one([one], Load("eta"), 0.01, changes=True)
 
     run(test)
 

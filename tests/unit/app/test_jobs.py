@@ -5,16 +5,26 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import threading
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from parbake.app.jobs import JobCounts, JobDepth, Jobs, JobsReport, JobsRetried, JobTally, new_id, options_of
+from parbake.app.jobs import (
+    DeadRemoved,
+    JobCounts,
+    JobDepth,
+    Jobs,
+    JobsReport,
+    JobsRetried,
+    JobTally,
+    new_id,
+    options_of,
+)
 from parbake.errors import Conflict, JobCancelled, JobDead, JobNotFound, Overloaded, QueueAway
 from parbake.queue.clock import Clock
-from parbake.queue.model import Claim, Job, Options, Reply, Request
+from parbake.queue.model import Claim, Job, Options, Reply, Request, Revival
 from parbake.queue.sqlite import SqliteJobs
 from parbake.settings import QueueSettings
 
@@ -474,6 +484,56 @@ def test_a_crowd_of_callers_is_refused_and_keeps_no_job_from_being_answered(
     run(test)
 
 
+def test_what_waits_to_be_recognised_by_its_idempotency_key_counts_as_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = threading.Event()
+    digested: list[bytes] = []
+    digest = Request.digest
+
+    def counted(asked: Request) -> bytes:
+        digested.append(asked.body)
+        return digest(asked)
+
+    class Slow(Store):
+        def same(self, owner: str, key: str, digest: bytes) -> Job | None:
+            assert free.wait(PATIENCE_S)
+            return super().same(owner, key, digest)
+
+    async def test() -> None:
+        front = Front(tmp_path / "queue" / "jobs.db", store=Slow)
+        front.able = False
+        front.jobs._most_pending_bytes = 100
+        first = await front.jobs.take(request("a"), "", "k")
+        monkeypatch.setattr(Request, "digest", counted)
+
+        def take(words: str, key: str, fits: bool = True) -> Awaitable[Job | None]:
+            return front.jobs.take_once(request(words), "", key, lambda: fits)
+
+        waiting = asyncio.create_task(asyncio.wait_for(take("b" * 80, "l"), PATIENCE_S))
+        await until(lambda: front.jobs._pending_bytes)
+        with pytest.raises(Overloaded, match="80 bytes of jobs are being written down"):
+            await take("c" * 80, "m")
+        free.set()
+        taken = await waiting
+        assert taken is not None
+        assert digested == [b"b" * 80], "it takes a while for a large one"
+        # What is there under its key needs to fit no more, what is not has to, and what was refused holds no place.
+        again = await take("a", "k", fits=False)
+        assert again is not None
+        assert again.id == first.id
+        assert await take("c" * 80, "m", fits=False) is None
+        assert await take("c" * 80, "m") is not None
+        counts = await front.jobs.counts()
+        assert counts is not None
+        assert counts.taken == {"eta": 3}
+        with pytest.raises(Conflict):
+            await take("d", "k")
+        await front.end()
+
+    run(test)
+
+
 def test_nobody_is_kept_waiting_beyond_a_number_or_after_hanging_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -619,13 +679,71 @@ def test_whoever_runs_the_server_removes_jobs_of_anybody(tmp_path: Path) -> None
             await front.jobs.find(bad.id, "ann")
         with pytest.raises(JobNotFound):
             await front.jobs.remove(bad.id)
-        assert (await front.jobs.remove(waiting.id)).state == "cancelled"
-        with pytest.raises(JobCancelled):
+        told = await front.jobs.remove(waiting.id)
+        assert (told.state, told.gone) == ("cancelled", False)
+        for _ in range(2):
+            assert (await front.jobs.cancel(waiting.id, "ann")).state == "cancelled"
+            with pytest.raises(JobCancelled):
+                await front.jobs.result(waiting.id, "ann")
+        # It has an end now, and is removed as any other that has.
+        told = await front.jobs.remove(waiting.id)
+        assert (told.state, told.gone) == ("cancelled", True)
+        with pytest.raises(JobNotFound):
             await front.jobs.result(waiting.id, "ann")
+        with pytest.raises(JobNotFound):
+            await front.jobs.cancel(running.id, "bob")
         with pytest.raises(Conflict, match="only one that waits can be cancelled"):
             await front.jobs.remove(running.id)
         front.reply(1, "B")
         assert (await finished_of(front, running, "ann")).state == "done"
+        await front.end()
+
+    run(test)
+
+
+def test_what_was_begun_again_or_removed_is_told_where_the_rest_has_no_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("parbake.app.jobs._STEP", 1)
+    left = 2
+
+    class Full(Store):
+        def revive(self, job_ids: Sequence[str], options: Options) -> dict[str, Revival]:
+            self.count()
+            return super().revive(job_ids, options)
+
+        def forget_dead(self, deployment: str, most: int) -> int:
+            self.count()
+            return super().forget_dead(deployment, most)
+
+        def count(self) -> None:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise QueueAway("the disk is full")
+
+    async def test() -> None:
+        nonlocal left
+        path = tmp_path / "queue" / "jobs.db"
+        front = Front(path, QueueSettings(jobs_at_once=8), store=Full)
+        assert await front.jobs.remove_dead() == DeadRemoved(0)
+        jobs = [await front.jobs.take(request(words), "", "") for words in "abcdef"]
+        await front.have(6)
+        front.able = False
+        with closing(sqlite3.connect(path, timeout=PATIENCE_S)) as db, db:
+            db.execute("UPDATE jobs SET state = 'dead', finished = number, token = token + 1")
+        told = await front.jobs.retry_dead()
+        assert told == JobsRetried((jobs[0].id, jobs[1].id), 4, "the disk is full")
+        with pytest.raises(QueueAway):
+            await front.jobs.retry_dead()
+        left = 2
+        assert await front.jobs.remove_dead("eta") == DeadRemoved(2, more=True)
+        with pytest.raises(QueueAway):
+            await front.jobs.remove_dead()
+        left = 9
+        assert await front.jobs.remove_dead("price") == DeadRemoved(0)
+        assert await front.jobs.remove_dead() == DeadRemoved(2)
+        assert [tally.state for tally in (await front.jobs.report()).tallies] == ["queued"]
         await front.end()
 
     run(test)

@@ -10,10 +10,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from parbake.app.jobs import DeadJob, JobRemoved, JobsReport, JobsRetried, JobTally
+from parbake.app.jobs import DeadJob, DeadRemoved, JobRemoved, JobsReport, JobsRetried, JobTally
 from parbake.cli.exits import Exit
 from parbake.cli.jobs import show
 from parbake.cli.main import main
+from parbake.errors import ServerNotFound
 
 REPORT = JobsReport(
     (
@@ -83,11 +84,22 @@ class Asked(BaseHTTPRequestHandler):
         if self.path == "/admin/jobs":
             self.reply(REPORT)
         elif self.path == "/admin/jobs/retry" and asked is not None:
-            self.reply(JobsRetried(("a",), 1200) if asked.get("all_dead") else JobsRetried((asked["id"],)))
+            if asked.get("id") == "none":
+                self.reply({"error": "no job 'none'", "code": "job_not_found"}, 404)
+            elif "id" in asked:
+                self.reply(JobsRetried((asked["id"],)))
+            elif asked.get("deployment") == "slow":
+                self.reply(JobsRetried(("a",), 7, "the disk is full"))
+            else:
+                self.reply(
+                    JobsRetried(()) if asked.get("deployment") == "prize" else JobsRetried(("a",), 1200)
+                )
+        elif self.path == "/admin/jobs/remove" and asked is not None:
+            self.reply(DeadRemoved(0) if asked.get("deployment") == "prize" else DeadRemoved(2, more=True))
         elif job_id == "none":
             self.reply({"error": "no job 'none'", "code": "job_not_found"}, 404)
         else:
-            self.reply(JobRemoved(job_id, "eta", "cancelled" if job_id == "a" else "dead"))
+            self.reply(JobRemoved(job_id, "eta", "cancelled" if job_id in "ac" else "dead", job_id != "a"))
 
     def reply(self, content: object, status: int = 200) -> None:
         payload = msgspec.json.encode(content)
@@ -118,8 +130,9 @@ def retry(body: dict[str, object]) -> tuple[str, str, object, str]:
     return "POST", "/admin/jobs/retry", body, "Bearer t"
 
 
-def all_dead(deployment: str) -> tuple[str, str, object, str]:
-    return retry({"all_dead": True, "deployment": deployment})
+def all_dead(deployment: str = "", what: str = "retry") -> tuple[str, str, object, str]:
+    body = {"all_dead": True, "deployment": deployment} if deployment else {"all_dead": True}
+    return "POST", f"/admin/jobs/{what}", body, "Bearer t"
 
 
 def remove(job_id: str) -> tuple[str, str, object, str]:
@@ -130,9 +143,12 @@ def remove(job_id: str) -> tuple[str, str, object, str]:
     ("words", "calls", "said"),
     [
         ("retry a b", [retry({"id": "a"}), retry({"id": "b"})], "a is to be begun again\nb is to be begun again"),
-        ("retry --all-dead", [all_dead("")], "1 job is to be begun again\n1,200 jobs are left dead"),
+        ("retry --all-dead", [all_dead()], "1 job is to be begun again\n1,200 jobs are left dead"),
         ("retry --all-dead --deployment eta", [all_dead("eta")], "1 job is to be begun again"),
         ("remove a b", [remove("a"), remove("b")], "a is cancelled\nb (dead) is removed"),
+        ("remove c", [remove("c")], "c (cancelled) is removed"),
+        ("remove --all-dead", [all_dead("", "remove")], "2 jobs are removed\nthere are more: the same command"),
+        ("remove --all-dead --deployment eta", [all_dead("eta", "remove")], "2 jobs are removed"),
         ("remove a/../b", [remove("a%2F..%2Fb")], "is removed"),
     ],
 )  # fmt: skip
@@ -152,10 +168,81 @@ def test_which_server_is_meant_may_be_said_before_and_behind(url: str) -> None:
     assert Asked.calls == [remove("a")]
 
 
-@pytest.mark.parametrize("words", ["retry", "retry a --all-dead", "retry a --deployment eta", "remove"])
-def test_which_jobs_are_meant_must_be_said(words: str, url: str) -> None:
-    assert main(["jobs", *words.split(), "--admin-url", url]) == Exit.USAGE
+NOWHERE = "http://127.0.0.1:9"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--port 9000 remove a", (9000, "", "e")),
+        ("remove a --port 9000", (9000, "", "e")),
+        ("--port 9000 remove a --port 9001", (9001, "", "e")),
+        ("--port 9000", (9000, "", "e")),
+        ("--token t remove a", (8000, NOWHERE, "t")),
+        ("--token t remove a --token u", (8000, NOWHERE, "u")),
+        ("--admin-url {url} retry a", (8000, "{url}", "e")),
+        ("--admin-url {url} retry a --port 9000", (9000, "", "e")),
+        ("--port 9000 retry a --admin-url {url}", (9000, "{url}", "e")),
+        ("remove a", (8000, NOWHERE, "e")),
+    ],
+)
+def test_a_flag_goes_before_the_environment_wherever_it_stands(
+    words: str, said: tuple[int, str, str], url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, str, str]] = []
+
+    def call(*_: object, port: int, admin_url: str, token: str) -> bytes:
+        asked.append((port, admin_url, token))
+        raise ServerNotFound("not asked")
+
+    monkeypatch.setattr("parbake.transports.client._call", call)
+    for name, value in (("PORT", "8000"), ("ADMIN_URL", NOWHERE), ("ADMIN_TOKEN", "e")):
+        monkeypatch.setenv(f"PARBAKE_{name}", value)
+    main(["jobs", *words.format(url=url).split()])
+    assert asked == [(said[0], said[1].format(url=url), said[2])]
+
+
+@pytest.mark.parametrize("what", ["retry", "remove"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "",
+        "a --all-dead",
+        "a --deployment eta",
+        "--all-dead --deployment=",
+        "--deployment=",
+        "a --deployment=",
+    ],
+)
+def test_which_jobs_are_meant_must_be_said(what: str, words: str, url: str) -> None:
+    assert main(["jobs", what, *words.split(), "--admin-url", url]) == Exit.USAGE
     assert Asked.calls == []
+
+
+@pytest.mark.parametrize(("what", "part"), [("retry", " that can be begun again"), ("remove", "")])
+def test_a_deployment_that_has_no_dead_jobs_is_named(
+    what: str, part: str, url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["jobs", what, "--all-dead", "--deployment", "prize", "--admin-url", url]
+    assert main(words) == Exit.NOT_FOUND
+    assert capsys.readouterr().err.splitlines() == [
+        f"error: 'prize' has no dead job{part}",
+        "hint: parbake jobs shows which deployments have any",
+    ]
+    assert main([*words, "--json"]) == Exit.NOT_FOUND
+    assert "[]" in (told := capsys.readouterr().out) or '"removed": 0' in told
+
+
+def test_what_kept_the_rest_from_being_begun_again_is_said(
+    url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["jobs", "retry", "--all-dead", "--deployment", "slow", "--admin-url", url]
+    assert main(words) != Exit.DONE
+    assert capsys.readouterr().err.splitlines() == [
+        "1 job is to be begun again",
+        "error: 7 jobs are left dead: the disk is full",
+        "hint: the same command takes more of them in",
+    ]
 
 
 def test_what_the_server_refuses_is_said_with_what_was_done_before(
@@ -166,6 +253,9 @@ def test_what_the_server_refuses_is_said_with_what_was_done_before(
     assert told[0] == "a is cancelled"
     assert "no job 'none'" in told[1]
     assert len(Asked.calls) == 2
+    for words in ("remove a none b", "retry a none b"):
+        assert main(["jobs", *words.split(), "--admin-url", url, "--json"]) == Exit.NOT_FOUND
+        assert '"a"' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -175,12 +265,14 @@ def test_what_the_server_refuses_is_said_with_what_was_done_before(
         ("retry a", '"left": 0'),
         ("retry --all-dead", '"left": 1200'),
         ("remove b", '"state": "dead"'),
+        ("remove --all-dead", '"removed": 2'),
     ],
 )
 def test_all_of_it_is_there_for_scripts(
     words: str, part: str, url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["jobs", *words.split(), "--admin-url", url, "--json"]) == Exit.DONE
-    told = capsys.readouterr()
-    assert part in told.out
-    assert told.err == ""
+    for command in (["jobs", *words.split(), "--json"], ["jobs", "--json", *words.split()]):
+        assert main([*command, "--admin-url", url]) == Exit.DONE
+        told = capsys.readouterr()
+        assert part in told.out
+        assert told.err == ""

@@ -122,12 +122,13 @@ class JobPages:
 
         async def accept() -> None:
             jobs = self._front.jobs
-            job = await jobs.same(request, exchange.client, key)
-            if job is None:
+            if key:
                 # The model may be another one since the job was taken: only a new one must fit it.
-                if key and not endpoint.check(exchange):
+                job = await jobs.take_once(request, exchange.client, key, lambda: endpoint.check(exchange))
+                if job is None:
                     return
-                job = await jobs.take(request, exchange.client, key)
+            else:
+                job = await jobs.take(request, exchange.client, "")
             headers = ((b"location", _url(job.id)), (b"preference-applied", b"respond-async"))
             exchange.reply(202, _shown(job), JSON, headers)
 
