@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Mapping
+from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar, cast
 
 import click
+from click.core import ParameterSource
 from msgspec import Struct
 
 from parbake.errors import InvalidInput, NotFound
@@ -26,6 +28,7 @@ from parbake.settings import (
 F = TypeVar("F", bound=Callable[..., Any])
 
 DEBUG_KEY = "parbake.debug"
+_TYPED: Final = ParameterSource.COMMANDLINE
 
 
 def settings_options(
@@ -73,7 +76,18 @@ def progress_option(function: F) -> F:
 
 
 def server_options(function: F) -> F:
-    """``--port``, ``--admin-url`` and ``--token``: which running server is meant."""
+    """``--port``, ``--admin-url`` and ``--token``: which running server is meant.
+
+    A port that was typed goes before a URL that only the environment gives.
+    """
+
+    @wraps(function)
+    def chosen(*arguments: Any, **given: Any) -> Any:
+        source = click.get_current_context().get_parameter_source
+        if source("port") is _TYPED and source("admin_url") is not _TYPED:
+            given["admin_url"] = ""
+        return function(*arguments, **given)
+
     for option in (
         click.option(
             "--token",
@@ -97,8 +111,8 @@ def server_options(function: F) -> F:
             help="HTTP port of the server, where several run on this machine.",
         ),
     ):
-        function = option(function)
-    return function
+        chosen = option(chosen)
+    return cast(F, chosen)
 
 
 def who_option(help_text: str) -> Callable[[F], F]:

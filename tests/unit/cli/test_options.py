@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 from msgspec import Struct
 
-from parbake.cli.options import given, settings_options
+from parbake.cli.options import given, server_options, settings_options
 from parbake.cli.serve import command as serve
 from parbake.settings import DeploymentSettings, Option, ServerSettings, declared
 
@@ -94,3 +94,27 @@ def test_every_setting_of_the_server_is_an_option_of_serve(kind: type[Struct]) -
             assert option.envvar == setting.variable
             assert option.help is not None
             assert option.help.startswith(setting.option.help)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        ((), (7000, "http://away")),
+        (("--port", "9000"), (9000, "")),
+        (("--admin-url", "http://here"), (7000, "http://here")),
+        (("--port", "9000", "--admin-url", "http://here"), (9000, "http://here")),
+    ],
+)
+def test_a_typed_port_goes_before_a_url_that_only_the_environment_gives(
+    arguments: tuple[str, ...], meant: tuple[int, str]
+) -> None:
+    found: list[tuple[int, str]] = []
+
+    @click.command
+    @server_options
+    def command(port: int, admin_url: str, token: str) -> None:
+        found.append((port, admin_url))
+
+    env = {"PARBAKE_PORT": "7000", "PARBAKE_ADMIN_URL": "http://away"}
+    assert CliRunner().invoke(command, arguments, env=env).exit_code == 0
+    assert found == [meant]
