@@ -541,13 +541,12 @@ class Releases:
                     "checks": {check.name: check.words for check in report.refused},
                 },
             )  # fmt: skip
-            refusal = GateRefused(
+            raise GateRefused(
                 f"version {wanted.version!r} of {name!r} must not take traffic: "
                 f"{', '.join(check.name for check in report.refused)} did not pass",
                 hint=f"parbake gate {wanted.bundle} --against {against} looks again, and releases nothing",
+                report=report,
             )
-            refusal.report = report
-            raise refusal
         return report
 
     async def _not_registered(self, name: str, version: str, error: NotFound | MissingExtra) -> ParbakeError:
