@@ -68,7 +68,10 @@ do. HTTP statuses, gRPC codes and exit codes are given to classes in the transpo
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from msgspec import Struct
 
 
 class ParbakeError(Exception):
@@ -145,8 +148,11 @@ class GateRefused(Conflict):
     """A version must not take traffic: checks failed that nobody has waived."""
 
     code = "gate_refused"
-    report: object = None
-    """The `parbake.release.gate.GateReport`, where whoever refused has said it."""
+
+    def __init__(self, message: str, *, hint: str = "", path: str = "", report: Struct | None = None) -> None:
+        super().__init__(message, hint=hint, path=path)
+        self.report = report
+        """What the gate found: a `parbake.release.gate.GateReport`."""
 
 
 class LeaseLost(Conflict):

@@ -34,6 +34,7 @@ from parbake.release import image_parts as parts
 from parbake.release.bundles import fetch_bundle
 from parbake.release.image import Base, containerfile, foundation, labels, pins, reference, wanted
 from parbake.release.image_tools import Tool, tool
+from parbake.release.mlflow_sqlite import is_made
 from parbake.release.model import ImageRecord, Proposal
 from parbake.release.registry import SCHEME, Reference, Version, is_reference, parse_reference
 from parbake.settings import Settings
@@ -143,10 +144,10 @@ def _fetched(settings: Settings, digest: str) -> StoredBundle:
 def _in_registry(settings: Settings, wanted: Reference) -> tuple[Version | None, ParbakeError | None]:
     """What the registry has, or the error that says why there is nothing."""
     url = registry_url(settings)
-    # Asking for it would make one.
-    if url.startswith("sqlite:///") and not Path(url.removeprefix("sqlite:///")).exists():
-        return None, None
     try:
+        # Asking for it would make one.
+        if url.startswith("sqlite:///") and not is_made(Path(url.removeprefix("sqlite:///"))):
+            return None, None
         return open_registry(url).version(wanted.name, wanted.which), None
     except (NotFound, RegistryAway) as error:
         return None, error

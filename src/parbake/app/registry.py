@@ -64,10 +64,12 @@ def open_registry(url: str) -> Registry:
 def registry_to_ask(url: str) -> Registry:
     """The registry at a URL, for who only asks: one that was never made has nothing, with MLflow or without.
 
-    Raises `SettingsError`, `MissingExtra`.
+    Raises `SettingsError`, `MissingExtra`, `RegistryAway` where one may not look whether it was.
     """
+    from parbake.release.mlflow_sqlite import is_made
+
     path = Path(url.removeprefix(_SQLITE))
-    return MemoryRegistry(str(path)) if url.startswith(_SQLITE) and not path.exists() else open_registry(url)
+    return MemoryRegistry(str(path)) if url.startswith(_SQLITE) and not is_made(path) else open_registry(url)
 
 
 def open_bundles(place: str) -> BundleStore:
@@ -144,7 +146,8 @@ def move_alias(
     before = registry.aliases(name).get(alias, "")
     registry.alias(name, alias, version)
     kept = settings.release
-    if kept.registry and not kept.store and not (state_dir(settings) / STATE_FILE).exists():
+    # Not `Path.exists`, which raises where the folder must not be looked into; the alias has moved.
+    if kept.registry and not kept.store and not os.path.exists(state_dir(settings) / STATE_FILE):
         # The registry is everybody's; a history that only this folder has would be nobody's.
         return (
             "this does not stand in a history: no store of releases is known here; --store says where one is"

@@ -28,12 +28,14 @@ from parbake.errors import (
     InvalidInput,
     LeaseLost,
     MissingExtra,
+    ModelNotFound,
     NotFound,
     ParbakeError,
     StateAway,
     VersionNotFound,
 )
 from parbake.logs import log
+from parbake.names import Name
 from parbake.release.gate import GateReport, make_waiver
 from parbake.release.judge import Judge, Margins, Verdict
 from parbake.release.model import OPEN, Details, Elsewhere, Kind, Parameters, Proposal, Release
@@ -54,7 +56,7 @@ _LATE_S: Final = 5.0
 class Wanted(Struct, frozen=True, forbid_unknown_fields=True):
     """What somebody wants released: body of ``POST /admin/releases/NAME``."""
 
-    version: str
+    version: Name
     bundle: str
     """Path of the bundle, as the server sees it, or ``models:/NAME@VERSION``: what the registry says."""
     table: str = ""
@@ -153,7 +155,7 @@ class Releases:
             self._supervisor.default_entry(name)
             try:
                 taken = await self._supervisor.fetched(wanted.bundle)
-            except (NotFound, MissingExtra) as error:
+            except (ModelNotFound, VersionNotFound, MissingExtra) as error:
                 raise await self._not_registered(name, wanted.version, error) from error
             wanted = msgspec.structs.replace(wanted, bundle=taken.path, version=taken.version)
         async with self._controller.lock(name):
@@ -541,16 +543,15 @@ class Releases:
                     "checks": {check.name: check.words for check in report.refused},
                 },
             )  # fmt: skip
-            refusal = GateRefused(
+            raise GateRefused(
                 f"version {wanted.version!r} of {name!r} must not take traffic: "
                 f"{', '.join(check.name for check in report.refused)} did not pass",
                 hint=f"parbake gate {wanted.bundle} --against {against} looks again, and releases nothing",
+                report=report,
             )
-            refusal.report = report
-            raise refusal
         return report
 
-    async def _not_registered(self, name: str, version: str, error: NotFound | MissingExtra) -> ParbakeError:
+    async def _not_registered(self, name: str, version: str, error: ParbakeError) -> ParbakeError:
         """Why the registry has no such version, with what the store of releases knows of it."""
         if not is_number(version):
             return error
@@ -573,7 +574,9 @@ class Releases:
         path = "BUNDLE" if source.startswith(REGISTERED) else source or "BUNDLE"
         hint = f"parbake deploy {name}@{version} {path} needs no registry; {error.hint}".rstrip("; ")
         if isinstance(error, MissingExtra):
-            return MissingExtra.told(f"{known}; the registry cannot be asked: {error.message}", hint=hint)
+            return MissingExtra.told(
+                f"{known}; what the registry has of it cannot be had: {error.message}", hint=hint
+            )
         return VersionNotFound(f"{error.message}; {known}", hint=hint)
 
     def _trial(self, name: str) -> Trial:

@@ -13,6 +13,7 @@ from click.core import ParameterSource
 from msgspec import Struct
 
 from parbake.errors import InvalidInput, NotFound
+from parbake.names import NAME_PATTERN
 from parbake.settings import (
     CONFIG_FILE,
     REGISTERED,
@@ -227,7 +228,7 @@ def name_and_version(text: str, *, aliases: bool = False) -> tuple[str, str]:
 
     name, separator, which = text.removeprefix(REGISTERED).partition("@")
     if not (name and separator and which):
-        known = f"{name}@3" if name else "price@3"
+        known = f"{name}@3" if NAME_PATTERN.match(name) else "price@3"
         raise InvalidInput(f"{text[:200]!r} is not NAME@VERSION", hint=f"as in {known}")
     check_name(name)
     if aliases:

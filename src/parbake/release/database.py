@@ -88,7 +88,7 @@ def open_database(url: str, *, create: bool = True, clock: Callable[[], float] =
     lite = address.get_backend_name() == "sqlite"
     if lite:
         path = Path(address.database or "")
-        if not create and not path.exists():
+        if not create and _is_absent(path):
             raise NotFound(
                 f"no state at {path}",
                 hint="the first release makes it; --store or --state-dir says where it is",
@@ -101,6 +101,17 @@ def open_database(url: str, *, create: bool = True, clock: Callable[[], float] =
         database.close()
         raise
     return database
+
+
+def _is_absent(path: Path) -> bool:
+    """Whether there is no such file; whatever else stands in the way, `make_file` says better."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
+    return False
 
 
 class Database:

@@ -100,7 +100,7 @@ class SqliteCalls(Calls):
 
     @property
     def _is_there(self) -> bool:
-        return self._client is not None or self._path.exists()
+        return self._client is not None or is_made(self._path)
 
     def _expect(self) -> None:
         """To look something up makes no registry."""
@@ -135,7 +135,7 @@ class SqliteCalls(Calls):
             descriptor = os.open(self._lock, os.O_CREAT | os.O_RDWR, 0o600)
             os.close(os.open(self._path, os.O_CREAT | os.O_RDWR, 0o600))
         except OSError as error:
-            raise RegistryAway(f"the registry {self.where} cannot be opened: {error.strerror}") from error
+            raise _closed(self.where, error) from error
         uri = f"sqlite:///{self._path}"
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -153,6 +153,24 @@ class SqliteCalls(Calls):
             f"the registry {self.where} does not answer: {words[:300]}",
             hint="is its file damaged or locked, or the disk full? what serves goes on serving",
         )
+
+
+def is_made(path: Path) -> bool:
+    """Whether a registry is there. Raises `RegistryAway` where one may not look."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise _closed(str(path), error) from error
+    return True
+
+
+def _closed(where: str, error: OSError) -> RegistryAway:
+    return RegistryAway(
+        f"the registry {where} cannot be opened: {error.strerror}",
+        hint="who runs parbake needs to read and write there; --registry or --state-dir names another place",
+    )
 
 
 @contextlib.contextmanager

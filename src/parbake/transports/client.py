@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from parbake.app.inventory import ServerInventory
     from parbake.app.releases import Back, ReleaseStatus, TuningChange, Wanted
     from parbake.app.traffic import TrafficReport
+    from parbake.release.gate import GateReport
     from parbake.release.judge import Judge
     from parbake.transports.http.labels import GivenLabel
 
@@ -239,13 +240,23 @@ def _call(
 
 def _refusal(error: urllib.error.HTTPError) -> ParbakeError:
     try:
-        body: dict[str, Any] = json.loads(error.read())
+        body = json.loads(error.read())
     except ValueError:
+        body = None
+    if not isinstance(body, dict):
         return ServerNotFound(f"the server answered {error.code}")
     refusal = by_code(str(body.get("code")), str(body.get("error")), hint=str(body.get("hint", "")))
     if isinstance(refusal, GateRefused) and "gate" in body:
-        # It needs libraries that take their time to import.
-        from parbake.release.gate import GateReport
-
-        refusal.report = msgspec.convert(body["gate"], GateReport)
+        return GateRefused(refusal.message, hint=refusal.hint, report=_gate(body["gate"]))
     return refusal
+
+
+def _gate(said: object) -> GateReport | None:
+    """What the gate found; None where a server of another version says it in another way."""
+    # It needs libraries that take their time to import.
+    from parbake.release.gate import GateReport
+
+    try:
+        return msgspec.convert(said, GateReport)
+    except msgspec.ValidationError:
+        return None

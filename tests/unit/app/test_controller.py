@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import pytest
 
 from parbake.app.controller import Controller
@@ -192,7 +193,7 @@ def test_a_version_that_is_not_to_be_had_is_told_with_those_that_are(fronts: Fro
             await releases.deploy("a", Wanted("9", "models:/a@9"))
         assert refused.value.message == (
             "version 9 of 'a' was never released here: there are versions 1, 2; "
-            "the registry cannot be asked: MLflow is not installed"
+            "what the registry has of it cannot be had: MLflow is not installed"
         )
         assert refused.value.hint == (
             "parbake deploy a@9 BUNDLE needs no registry; pip install 'parbake[mlflow]'"
@@ -212,6 +213,11 @@ def test_a_version_that_is_not_to_be_had_is_told_with_those_that_are(fronts: Fro
             "model 'a' has no version '9' in the registry here: there are versions 1, 2, 3; "
             "version 9 of 'a' was never released here: there are versions 1, 2"
         )
+        # The registry has it, and it is the bundle store that has not.
+        fronts.registry = BundleMissing("no bundle sha256:41c2 in /store")
+        with pytest.raises(BundleMissing, match=r"^no bundle sha256:41c2 in /store$"):
+            await releases.deploy("a", Wanted("9", "models:/a@9"))
+        fronts.registry = no_version("c", "9", "here", [])
         fronts.served["c"] = [entry_of("c", "1", "/bundles/c-1")]
         with pytest.raises(VersionNotFound, match=r"version 9 of 'c' was never released here\n"):
             await releases.deploy("c", Wanted("9", "models:/c@9"))
@@ -219,6 +225,15 @@ def test_a_version_that_is_not_to_be_had_is_told_with_those_that_are(fronts: Fro
             await releases.deploy("eta", Wanted("9", "models:/eta@9"))
 
     controlled(fronts, test)
+
+
+@pytest.mark.parametrize("version", ["", "2/3", "two\n"])
+def test_what_can_name_no_version_is_refused_before_the_gate(version: str) -> None:
+    decoder = msgspec.json.Decoder(Wanted)
+    with pytest.raises(msgspec.ValidationError, match=r"\$\.version"):
+        decoder.decode(msgspec.json.encode({"version": version, "bundle": "/bundles/a-2"}))
+    # As parbake.toml may name one.
+    assert decoder.decode(b'{"version": "2026-11", "bundle": "/bundles/a-2"}').version == "2026-11"
 
 
 def test_a_deployment_that_cannot_follow_holds_up_no_other(fronts: Fronts, state: Database) -> None:

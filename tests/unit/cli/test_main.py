@@ -120,6 +120,7 @@ def test_what_is_mistyped_is_told_what_is_near(
         (["deploy", "eta@latest"], "nor an alias", "as in eta@4, or eta@champion"),
         (["deploy", "eta@1/2"], "'1/2' is neither", "as in eta@4, or eta@champion"),
         (["deploy", "eta"], "'eta' is not NAME@VERSION", "as in eta@3"),
+        (["deploy", "models:/eta/3"], "'models:/eta/3' is not NAME@VERSION", "as in price@3"),
         (["deploy", "e ta@3"], "'e ta' cannot be a model's name", "letters, digits"),
         (["gate", "{}", "--waive", "memory", "--why", "x", "--for", "eta@four"], "'four' is no version", "eta@4"),
         (["serve", "models:/eta@03"], "'03' is neither a version", "eta@3"),

@@ -105,8 +105,8 @@ def test_what_the_gate_refuses_has_a_line_for_each_check_or_all_of_it_as_json(
         Check("latency", "unknown", "not measured, as the model did not run"),
         Check("schema", "passed", "the same for callers"),
     )
-    refusal = GateRefused("version '3' of 'eta' must not take traffic")
-    refusal.report = GateReport("eta.bundle", "eta", "sha256:41c2", "", "", checks, False)
+    report = GateReport("eta.bundle", "eta", "sha256:41c2", "", "", checks, False)
+    refusal = GateRefused("version '3' of 'eta' must not take traffic", report=report)
     _show_refusal("eta", "3", refusal, as_json=as_json)
     out, err = capsys.readouterr()
     if as_json:
