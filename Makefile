@@ -75,8 +75,12 @@ $(VENV)/.python:
 		fi; \
 	done; \
 	[ -n "$$python" ] || { echo 'error: no Python 3.11, 3.12 or 3.13 on the PATH' >&2; exit 1; }; \
+	if [ -e $(VENV) ] && [ ! -e $(VENV)/.ours ]; then \
+		echo 'error: $(VENV) is there, and make has not made it' >&2; \
+		echo 'hint: remove it, or make VENV=another-folder' >&2; exit 1; \
+	fi; \
 	echo "making $(VENV) with $$($$python --version)" >&2; \
-	rm -rf $(VENV); \
+	rm -rf $(VENV); mkdir -p $(VENV); touch $(VENV)/.ours; \
 	$$python -m venv $(VENV) || { rm -rf $(VENV); \
 		echo 'hint: on Debian and Ubuntu, apt install python3-venv' >&2; exit 1; }
 	@touch $@
