@@ -557,8 +557,11 @@ class Releases:
             return error
         ledger, releases = self._controller.ledger, list[Release]()
         if ledger.is_open or ledger.is_there:
-            with contextlib.suppress(ParbakeError):
+            try:
                 releases = list(await self._controller.ask(lambda state: state.releases(name)))
+            except ParbakeError:
+                # What nobody can look up is not told: it would be "never released".
+                return error
         # What never came to answer anybody was not released.
         sources = {
             release.proposal.version: release.proposal.source

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 from click.core import ParameterSource
 
-from parbake.cli.options import Command, Group, json_option, server_options
+from parbake.cli.options import Command, F, Group, json_option, server_options
 from parbake.cli.output import age, emit, emit_json, emit_table, plain, say, size
 from parbake.errors import NotFound, QueueAway
 
@@ -58,10 +58,21 @@ def command(ctx: click.Context, /, as_json: bool, **server: Any) -> None:
         show(report)
 
 
+def _which_jobs(function: F) -> F:
+    """Ids, or ``--all-dead``, which ``--deployment`` may narrow: see `_check_which`."""
+    for option in (
+        click.option(
+            "--deployment", default=None, metavar="NAME", help="With --all-dead: of this deployment only."
+        ),
+        click.option("--all-dead", is_flag=True, help="All that were given up."),
+        click.argument("job_ids", nargs=-1, metavar="[ID]..."),
+    ):
+        function = option(function)
+    return function
+
+
 @command.command(cls=Command, short_help="Have jobs begun again that were given up.")
-@click.argument("job_ids", nargs=-1, metavar="[ID]...")
-@click.option("--all-dead", is_flag=True, help="All that were given up.")
-@click.option("--deployment", default=None, metavar="NAME", help="With --all-dead: of this deployment only.")
+@_which_jobs
 @server_options
 @json_option
 @click.pass_context
@@ -111,9 +122,7 @@ def retry(
 
 
 @command.command(cls=Command, short_help="Take back jobs that wait, or remove those that have an end.")
-@click.argument("job_ids", nargs=-1, metavar="[ID]...")
-@click.option("--all-dead", is_flag=True, help="All that were given up.")
-@click.option("--deployment", default=None, metavar="NAME", help="With --all-dead: of this deployment only.")
+@_which_jobs
 @server_options
 @json_option
 @click.pass_context

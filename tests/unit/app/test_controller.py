@@ -227,6 +227,22 @@ def test_a_version_that_is_not_to_be_had_is_told_with_those_that_are(fronts: Fro
     controlled(fronts, test)
 
 
+def test_what_was_released_is_not_told_while_nobody_can_look_it_up(fronts: Fronts, state: Database) -> None:
+    live(state, "a", "2")
+    # `unsteady` looks at a trial.
+    canary(state, "a", "3")
+
+    async def test(controller: Controller) -> None:
+        store = await unsteady(controller, state)
+        store.error = StateAway("it is away")
+        fronts.registry = MissingExtra("MLflow", "mlflow")
+        with pytest.raises(MissingExtra, match=r"^MLflow is not installed"):
+            await Releases(controller).deploy("a", Wanted("9", "models:/a@9"))
+        store.error = None
+
+    controlled(fronts, test)
+
+
 @pytest.mark.parametrize("version", ["", "2/3", "two\n"])
 def test_what_can_name_no_version_is_refused_before_the_gate(version: str) -> None:
     decoder = msgspec.json.Decoder(Wanted)
