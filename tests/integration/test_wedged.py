@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from parbake.contract.bundle import Goldens
 from parbake.runtime.pool import RunnerPool
@@ -128,7 +129,9 @@ def test_a_runner_that_hangs_while_nobody_asks_is_found_and_replaced(tmp_path: P
     assert took_s < 30
 
 
-def test_a_report_about_the_process_before_does_not_kill_the_one_in_its_place(tmp_path: Path) -> None:
+def test_a_report_about_the_process_before_does_not_kill_the_one_in_its_place(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     bundle = write_function(tmp_path, "def predict(x):\n    return x * 2\n")
 
     async def test() -> None:
@@ -150,6 +153,8 @@ def test_a_report_about_the_process_before_does_not_kill_the_one_in_its_place(tm
             pool.kill(runner.socket, time.monotonic())
             # 255: somebody else was told its status first, which asyncio's watcher of children takes for unknown.
             assert await second.wait() in (-signal.SIGKILL, 255)
+            killed = [line for line in capfd.readouterr().err.splitlines() if '"runner.killed"' in line]
+            assert [json.loads(line)["pid"] for line in killed] == [first.pid, second.pid]
         finally:
             await pool.close()
 
