@@ -114,7 +114,11 @@ def _measure(key: str, folder: Path, options: argparse.Namespace) -> Section:
             )
         if key == "advise":
             return advise.run(
-                folder, seconds=0.5 if quick else 3.0, rounds=1 if quick else 3, quick=quick, say=stage
+                folder,
+                seconds=0.5 if quick else 3.0,
+                rounds=1 if quick else options.rounds or 4,
+                quick=quick,
+                say=stage,
             )
         if key == "many":
             return many.run(folder, models=50 if quick else 1000, quick=quick, say=stage)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import urllib.request
 from dataclasses import dataclass
 
 from bench.clients import Speed
@@ -35,3 +36,18 @@ def p99(sample: Sample) -> float:
 def cpu(sample: Sample) -> float:
     """CPU time of the server per request, in microseconds."""
     return sample.cpu_us
+
+
+def counted(url: str, *names: str) -> list[float]:
+    """Counters of the server at a URL, each summed over its labels."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=10) as reply:
+        lines = reply.read().decode().splitlines()
+    return [
+        sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name + "{")) for name in names
+    ]
+
+
+def rows_and_hits(url: str) -> tuple[float, float]:
+    """Rows answered so far by the server at a URL, and those of them without the model."""
+    rows, hits = counted(url, "parbake_rows_total", "parbake_table_hits_total")
+    return rows, hits

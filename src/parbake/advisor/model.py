@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Final, Literal
 
 from parbake.settings import Mode
@@ -80,6 +80,10 @@ class BatchTime:
     p50_s: float
     p99_s: float
 
+    def times(self, factor: float) -> BatchTime:
+        """The same where everything takes so many times as long."""
+        return BatchTime(self.rows, self.p50_s * factor, self.p99_s * factor)
+
 
 @dataclass(frozen=True, slots=True)
 class ModelCost:
@@ -112,6 +116,11 @@ class ModelCost:
         """A row in the batch that is the best value: what baking costs."""
         return min(batch.p50_s / batch.rows for batch in self.batches)
 
+    def times(self, factor: float) -> ModelCost:
+        """The same where everything takes so many times as long."""
+        batches = tuple(batch.times(factor) for batch in self.batches)
+        return ModelCost(self.fixed_s * factor, self.row_s * factor, batches)
+
 
 @dataclass(frozen=True, slots=True)
 class FrontCost:
@@ -132,6 +141,10 @@ class FrontCost:
     hop_s: float
     """To the model's process and back; 0 where the model runs in the front."""
 
+    def times(self, factor: float) -> FrontCost:
+        """The same where everything takes so many times as long."""
+        return FrontCost(**{field.name: getattr(self, field.name) * factor for field in fields(self)})
+
 
 @dataclass(frozen=True, slots=True)
 class Costs:
@@ -149,6 +162,17 @@ class Costs:
     head_row_bytes: float
     most_batch_rows: int
     """The largest batch that the server would run."""
+    scatter: float = 0.0
+    """Standard deviation of the logarithm of latencies among many connections, where each request costs the same."""
+    pace: float = 0.0
+    """How quick the machine was on average, which is what all times are for; see `parbake.runtime.pace`."""
+    unsteady: float = 0.0
+    """Standard deviation of its pace meanwhile, in ratio to the mean."""
+
+    def times(self, factor: float) -> Costs:
+        """The same where everything takes so many times as long."""
+        model, front = self.model.times(factor), self.front.times(factor)
+        return replace(self, model=model, front=front, pace=self.pace / factor)
 
 
 @dataclass(frozen=True, slots=True)

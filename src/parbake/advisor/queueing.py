@@ -5,7 +5,8 @@ done there; any other waits for the model. At the end of a turn of the front's e
 everybody who had come when the turn began) all who wait go as one batch, if the model is free. In a process of its
 own the model works beside the front, and hits never wait for it; in the front it holds everybody up. The same key
 is computed once for all who wait for it, where ``keys`` are told apart. While more threads want to run than there
-are cores, each gets its share (processor sharing).
+are cores, each gets its share (processor sharing). How quick things go changes every few milliseconds, as it does
+where a scheduler moves threads about: lognormally, by as much as latencies were seen to scatter.
 
 What it leaves out: several fronts are taken for one that is as much quicker; other programs on the machine, the
 spread of the model's time around its median, refusals by deadline, and requests of many rows.
@@ -14,8 +15,9 @@ spread of the model's time around its median, refusals by deadline, and requests
 from __future__ import annotations
 
 import heapq
+import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -27,6 +29,8 @@ _FRONT, _MODEL, _CLIENT = 0, 1, 2
 _ARRIVE, _RECEIVE, _BATCH, _BACK, _ANSWER = 0, 1, 2, 3, 4
 _NEVER: Final = float("inf")
 _SEED: Final = 0
+_HELD_S: Final = 0.002
+"""How long a pace lasts: about as long as a scheduler lets a thread have a CPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,16 +83,29 @@ def simulate(
     client_s: float = 0.0,
     most_s: float = _NEVER,
     warm_up_s: float = 0.0,
+    paces: Sequence[float] = (),
+    pace_s: float = _NEVER,
 ) -> Simulated:
     """Follow ``requests`` requests (or ``most_s`` seconds); the first ``warm_up`` (``warm_up_s`` seconds) do not count.
 
-    ``client_s`` is the CPU time that one client process on the same machine spends on each request.
+    ``client_s`` is the CPU time that one client process on the same machine spends on each request. ``paces`` says how
+    quick the machine is, in ratio to what ``costs`` are for, in each ``pace_s`` seconds in turn.
     """
-    return _Simulation(costs, load, answers, client_s).run(requests, warm_up, most_s, warm_up_s)
+    return _Simulation(costs, load, answers, client_s, paces, pace_s).run(
+        requests, warm_up, most_s, warm_up_s
+    )
 
 
 class _Simulation:
-    def __init__(self, costs: Costs, load: Load, answers: Answers, client_s: float) -> None:
+    def __init__(
+        self,
+        costs: Costs,
+        load: Load,
+        answers: Answers,
+        client_s: float,
+        paces: Sequence[float],
+        pace_s: float,
+    ) -> None:
         front = costs.front
         quicker = max(costs.fronts, 1)
         self._costs = costs
@@ -103,6 +120,11 @@ class _Simulation:
         self._wire_s = front.wire_s / 2
         self._hop_s = front.hop_s / 2
         self._client_s = client_s
+        self._paces, self._pace_s = paces, pace_s
+        self._scatter = costs.scatter
+        self._held_s = max(_HELD_S, costs.model.one_s / 10)
+        self._scattered = np.random.default_rng(_SEED)
+        self._pace, self._pace_until = 1.0, 0.0
         self._weights = (1.0 * quicker, float(costs.threads), 1.0)
         self._now = 0.0
         self._left = [_NEVER, _NEVER, _NEVER]
@@ -162,9 +184,16 @@ class _Simulation:
         """Go on to whatever happens next."""
         left = self._left
         wanted = sum(weight for weight, rest in zip(self._weights, left, strict=True) if rest != _NEVER)
-        share = min(1.0, self._costs.cores / wanted) if wanted else 1.0
+        if self._now >= self._pace_until:
+            self._change_pace()
+        share = (min(1.0, self._costs.cores / wanted) if wanted else 1.0) * self._pace
         least = min(left)
         event_s = self._events[0][0] if self._events else _NEVER
+        next_s = min(event_s, self._now + least / share)
+        if wanted and self._pace_until < next_s:
+            self._pass((self._pace_until - self._now) * share, share)
+            self._change_pace()
+            return
         if least != _NEVER and self._now + least / share <= event_s:
             station = left.index(least)
             self._pass(least, share)
@@ -186,6 +215,17 @@ class _Simulation:
                 self._into_front((_BATCH, 0))
             else:
                 self._reply_is_here(item)
+
+    def _change_pace(self) -> None:
+        """How quick things go from now on; the mean is what the costs are for."""
+        sigma = self._scatter
+        self._pace = math.exp(sigma * self._scattered.standard_normal() - sigma * sigma / 2) if sigma else 1.0
+        self._pace_until = self._now + self._held_s if sigma else _NEVER
+        if self._paces:
+            at = min(int(self._now / self._pace_s + 1e-6), len(self._paces) - 1)
+            self._pace *= self._paces[at]
+            if at < len(self._paces) - 1:
+                self._pace_until = min(self._pace_until, (at + 1) * self._pace_s)
 
     def _pass(self, work_s: float, share: float) -> None:
         self._now += work_s / share

@@ -42,6 +42,7 @@ _EXPIRE_EVERY: Final = 256
 _EMPTY: Final = Row((), ())
 _ENOUGH_REQUESTS: Final = 1000
 _ENOUGH_KEYS: Final = 100
+_UNSTEADY: Final = 0.1
 _NOT_ALL: Final = 0.9
 """A greatest key below this part of the range, among so many keys, is no chance."""
 
@@ -248,12 +249,17 @@ def advise(
         load=load,
         prices=question.prices,
         recommendation=choose(options, asked.traffic, costs, found),
-        notes=tuple(_notes(asked.traffic)),
+        notes=tuple(_notes(asked.traffic, costs)),
     )
 
 
-def _notes(traffic: Traffic) -> Iterator[str]:
+def _notes(traffic: Traffic, costs: Costs) -> Iterator[str]:
     if traffic.requests < _ENOUGH_REQUESTS:
         yield f"only {traffic.requests:,} requests are known: what is said of the traffic may be chance"
     if traffic.sampled < 1:
         yield "the source holds a sample of the keys: rate and number of keys are those of the sample"
+    if costs.unsteady > _UNSTEADY:
+        yield (
+            f"this machine was not equally quick while it was measured (by {costs.unsteady:.0%}, as a standard "
+            "deviation): times are those of its mean pace"
+        )

@@ -37,6 +37,7 @@ from parbake.contract.tensors import Tensor, Tensors, as_text, to_raw
 from parbake.errors import NotReady, PackRefused
 from parbake.runtime import cpu
 from parbake.runtime.costs import BatchCost
+from parbake.runtime.pace import Pace
 from parbake.runtime.session import Session
 from parbake.serving.head import ENTRY_BYTES
 from parbake.settings import Placement
@@ -55,6 +56,10 @@ _MANY: Final = 8192
 _HELD_OF: Final = 4
 """Rows that are asked for, for each that the learned head holds."""
 _RUN_S: Final = 0.3
+_ONE_SIGMA: Final = (0.1587, 0.8413)
+"""One standard deviation below and above the mean, of a normal distribution."""
+_STEADY_S: Final = 0.5
+"""How long the parts are whose paces are compared to tell how steady the machine is."""
 _START_S: Final = 60.0
 _INLINE_BATCH_S: Final = 0.002
 _LONGEST_BATCH_S: Final = 0.25
@@ -137,28 +142,29 @@ def _examples(contract: Contract, inputs: Tensors, records: Sequence[bytes]) -> 
     )
 
 
-def model_cost(
-    session: Session, examples: Examples, stage: Stage = lambda words: None
-) -> tuple[ModelCost, int]:
-    """Time of batches of `ROWS` rows, and how many threads they keep busy."""
+def _model_cost(session: Session, examples: Examples, pace: Pace, stage: Stage) -> tuple[ModelCost, int]:
+    """Time of batches of `ROWS` rows at a pace of 1, and how many threads they keep busy."""
     fitted = BatchCost()
     found: list[BatchTime] = []
+    times: list[float] = []
+    spans: list[tuple[float, float]] = []
     wall_s = cpu_s = 0.0
     for rows in ROWS:
-        if found and found[-1].p50_s * rows / found[-1].rows > _LONGEST_CALL_S:
+        if found and float(np.median(times)) * rows / found[-1].rows > _LONGEST_CALL_S:
             break
         stage(f"the model, {rows} rows at a time")
         raws = _batch(examples, rows)
-        times: list[float] = []
+        times, spans = [], []
         session.run_raw(raws, rows, examples.shapes)
         started, started_cpu = time.perf_counter(), time.process_time()
         while len(times) < _CALLS and (len(times) < _FEWEST_CALLS or sum(times) < _ENOUGH_S):
-            before = time.perf_counter()
+            since, before = time.monotonic(), time.perf_counter()
             session.run_raw(raws, rows, examples.shapes)
             times.append(time.perf_counter() - before)
+            spans.append((since, since + times[-1]))
         wall_s += time.perf_counter() - started
         cpu_s += time.process_time() - started_cpu
-        p50, p99 = (float(np.quantile(times, share)) for share in (0.5, 0.99))
+        p50, p99 = (float(np.quantile(times * pace.of(spans), share)) for share in (0.5, 0.99))
         found.append(BatchTime(rows, p50, p99))
     threads = max(1, round(cpu_s / wall_s)) if wall_s else 1
     for at in reversed(range(len(found) - 1)):
@@ -206,17 +212,20 @@ def measure(
 ) -> Costs:
     """Everything that `Costs` says, in a few seconds: the model in this process, the front in a server for that.
 
+    Each time is corrected by how quick the machine was just then, in ratio to its mean pace.
+
     Raises `NotReady` where no server can be started, `BundleError` where the bundle cannot be loaded.
     """
     examples = examples_of(bundle)
     cores = cpu.quota()
     wanted = max(1, cores)
-    stage("the model")
-    session = Session(bundle, threads=wanted, allow_pickle=allow_pickle)
-    model, threads = model_cost(session, examples, stage)
-    with tempfile.TemporaryDirectory(prefix="parbake-advise-") as name:
+    with tempfile.TemporaryDirectory(prefix="parbake-advise-") as name, Pace() as pace:
         folder = Path(name)
         row_bytes = table_row_bytes(bundle.contract, examples, folder)
+        stage("the model")
+        since = time.monotonic()
+        session = Session(bundle, threads=wanted, allow_pickle=allow_pickle)
+        model, threads = _model_cost(session, examples, pace, stage)
         stage("a server of its own")
         table = folder / "examples.table"
         many = _varied(bundle, examples)
@@ -227,19 +236,26 @@ def measure(
             inline = server.inline
             if inline:
                 # A front lends a model one thread.
-                model, threads = model_cost(Session(bundle, allow_pickle=allow_pickle), examples, stage)
-            front = _front_cost(server, model, many.bodies, examples.bodies, connections, stage)
+                alone = Session(bundle, allow_pickle=allow_pickle)
+                model, threads = _model_cost(alone, examples, pace, stage)
+            front, scatter = _front_cost(server, model, many.bodies, examples.bodies, connections, pace, stage)
+        paces = pace.parts(since, time.monotonic(), _STEADY_S)
+    mean, unsteady = float(np.mean(paces)), float(np.std(paces) / np.mean(paces))
+    usual = model.times(1 / mean)
     longest_s = _INLINE_BATCH_S if inline else min(deadline_s / 2, _LONGEST_BATCH_S)
     return Costs(
-        model=model,
-        front=front,
+        model=usual,
+        front=front.times(1 / mean),
         inline=inline,
         threads=threads,
         fronts=fronts or max(1, cores // 2),
         cores=float(cores),
         table_row_bytes=row_bytes,
         head_row_bytes=head_row_bytes(examples),
-        most_batch_rows=largest_batch(model.fixed_s, model.row_s, longest_s, _LARGEST_BATCH),
+        most_batch_rows=largest_batch(usual.fixed_s, usual.row_s, longest_s, _LARGEST_BATCH),
+        scatter=scatter,
+        pace=mean,
+        unsteady=unsteady,
     )
 
 
@@ -442,6 +458,8 @@ def _get(port: int, path: str, token: str) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class _Run:
+    """All times are those at a pace of 1."""
+
     requests: int
     p50_s: float
     cpu_s: float
@@ -449,6 +467,8 @@ class _Run:
     batch_rows: float
     kept: float
     """Share of the requests that were answered without the model."""
+    scatter: float
+    """Standard deviation of the logarithm of the latencies, without what lies far out."""
 
 
 def _front_cost(
@@ -457,14 +477,18 @@ def _front_cost(
     baked: Sequence[bytes],
     bodies: Sequence[bytes],
     connections: int,
+    pace: Pace,
     stage: Stage,
-) -> FrontCost:
-    """What the front's part of a hit and of a miss is, alone and among ``connections``."""
+) -> tuple[FrontCost, float]:
+    """What the front's part of a hit and of a miss is, alone and among ``connections``, at a pace of 1.
+
+    Also gives how much latencies scatter where each request costs the same.
+    """
 
     def run(name: str, count: int) -> _Run:
         stage(f"the front, {name} at {count} connections")
         # One of them may have met something else that ran on the machine.
-        runs = [_drive(server, name, baked if name == "hit" else bodies, count) for _ in range(3)]
+        runs = [_drive(server, name, baked if name == "hit" else bodies, count, pace) for _ in range(3)]
         return sorted(runs, key=lambda run: run.cpu_s)[1]
 
     many = max(connections, 2)
@@ -493,27 +517,29 @@ def _front_cost(
     computed = max(1 - learned.kept, 0.1)
     computed_s = (learned.cpu_s - learned.kept * hit_s) / computed
     learn_s = max(computed_s - inside_learned - miss_s - batch_s / max(learned.batch_rows, 1.0), 0.0)
-    return FrontCost(hit_s, miss_s, learn_s, batch_s, turn_s, wire_s, hop_s)
+    return FrontCost(hit_s, miss_s, learn_s, batch_s, turn_s, wire_s, hop_s), hits.scatter
 
 
-def _drive(server: _Server, name: str, bodies: Sequence[bytes], connections: int) -> _Run:
+def _drive(server: _Server, name: str, bodies: Sequence[bytes], connections: int, pace: Pace) -> _Run:
     """Put a closed loop of requests on the server for a moment."""
     if not bodies:
         raise PackRefused("no golden can be written as JSON to ask for it", hint="pack with other examples")
     path = f"/v2/models/{name}/infer"
     before, before_cpu = server.counts(name), _cpu_s(server.front_pids)
+    since = time.monotonic()
     latencies = asyncio.run(_ask(server.port, path, bodies, connections, _RUN_S))
-    after_cpu = _cpu_s(server.front_pids)
+    after_cpu, quick = _cpu_s(server.front_pids), pace.between(since)
     batches, batch_rows, rows, kept = server.counts(name) - before
     if not latencies:
         raise NotReady(f"no request to {path} was answered", retry_after_s=1.0)
     cpu_s = after_cpu - before_cpu
     return _Run(
         len(latencies),
-        float(np.median(latencies)),
-        cpu_s / len(latencies) if not math.isnan(cpu_s) else float(np.median(latencies)) / connections,
+        quick * float(np.median(latencies)),
+        quick * (cpu_s / len(latencies) if not math.isnan(cpu_s) else np.median(latencies) / connections),
         float(batch_rows / batches) if batches else 0.0,
         float(kept / rows) if rows else 0.0,
+        float(np.diff(np.log(np.quantile(latencies, _ONE_SIGMA)))[0] / 2),
     )
 
 

@@ -137,3 +137,57 @@ def test_the_largest_batch_fits_into_the_time_or_doubles_what_a_batch_costs() ->
     assert largest_batch(0.1, 0.001, 0.05, 1024) == 100
     assert largest_batch(0.0, 0.0, 0.25, 1024) == 1024
     assert largest_batch(0.0, 1.0, 0.25, 1024) == 1
+
+
+def test_scatter_leaves_the_throughput_and_puts_the_median_below_the_mean() -> None:
+    steady = simulate(costs(), Load(16), ALL, requests=50_000)
+    scattered = simulate(costs(scatter=0.5), Load(16), ALL, requests=50_000)
+
+    assert scattered.per_s == pytest.approx(steady.per_s, rel=0.1)
+    # Lognormal: the median is exp(-sigma^2 / 2) of the mean.
+    assert scattered.p50_s / scattered.mean_s == pytest.approx(0.88, abs=0.05)
+    assert scattered.p99_s > 2 * scattered.p50_s
+
+
+def test_a_machine_that_is_half_as_quick_for_half_of_the_time_answers_three_quarters() -> None:
+    usual = simulate(costs(), Load(16), ALL, requests=1 << 60, most_s=0.4)
+    slowed = simulate(costs(), Load(16), ALL, requests=1 << 60, most_s=0.4, paces=(1.0, 0.5) * 2, pace_s=0.1)
+
+    assert slowed.requests == pytest.approx(0.75 * usual.requests, rel=0.01)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    paces=st.lists(st.floats(0.05, 20), max_size=8),
+    pace_s=st.floats(1e-3, 0.2),
+    scatter=st.sampled_from([0.0, 0.3, 1.0]),
+    connections=st.integers(1, 8),
+    rate=st.sampled_from([None, 50.0, 5000.0]),
+    inline=st.booleans(),
+)
+def test_whatever_the_pace_each_request_is_answered_once(
+    paces: list[float],
+    pace_s: float,
+    scatter: float,
+    connections: int,
+    rate: float | None,
+    inline: bool,
+) -> None:
+    answers = Answers(lambda number: number % 3 > 0, lambda number: None)
+    made = costs(row_s=5e-4, inline=inline, scatter=scatter)
+
+    seen = simulate(made, Load(connections, rate), answers, requests=300, paces=paces, pace_s=pace_s)
+
+    assert (seen.requests, seen.arrived) == (300, 300)
+    assert 0 < seen.p50_s <= seen.p99_s
+    assert seen.seconds > 0
+
+
+@given(factor=st.floats(0.1, 10))
+def test_where_everything_takes_longer_so_does_every_answer(factor: float) -> None:
+    made = costs(row_s=1e-3, fixed_s=1e-4, pace=2.0)
+    before, after = (simulate(one, Load(4), NONE, requests=200) for one in (made, made.times(factor)))
+
+    assert after.p50_s == pytest.approx(factor * before.p50_s)
+    assert after.per_s == pytest.approx(before.per_s / factor)
+    assert made.times(factor).pace == pytest.approx(2.0 / factor)

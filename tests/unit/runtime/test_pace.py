@@ -1,0 +1,53 @@
+"""The pace of a machine over spans of time, from looks that are made up."""
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from parbake.runtime.pace import _paces
+
+Looks = npt.NDArray[np.float64]
+
+
+def looks(*took: float) -> Looks:
+    """One each 10 ms from 0 on."""
+    return np.column_stack([np.arange(len(took)) / 100, took])
+
+
+def test_half_of_the_time_half_as_quick_is_three_quarters_of_the_pace() -> None:
+    made = looks(*[1e-4] * 50, *[2e-4] * 50)
+
+    assert _paces(made, [(0.0, 0.5), (0.5, 1.0), (0.0, 1.0)]).tolist() == pytest.approx([10_000, 5_000, 7_500])
+
+
+def test_a_span_without_looks_has_the_pace_of_those_around_it() -> None:
+    made = looks(*[1e-4] * 50, *[2e-4] * 50)
+
+    found = _paces(made, [(0.2001, 0.2002), (0.8001, 0.8002), (-1.0, -0.5), (5.0, 6.0)])
+
+    assert found.tolist() == pytest.approx([10_000, 5_000, 10_000, 5_000])
+
+
+def test_a_look_that_took_no_time_at_all_is_left_out() -> None:
+    made = looks(*[1e-4] * 10, 0.0, *[1e-4] * 10)
+
+    assert _paces(made, [(0.0, 1.0)]).tolist() == pytest.approx([10_000])
+
+
+@given(
+    took=st.lists(st.floats(1e-5, 1e-2), min_size=10, max_size=40),
+    start=st.floats(-1, 2),
+    length=st.floats(0, 1),
+)
+def test_a_pace_is_between_the_slowest_and_the_quickest_look(
+    took: list[float], start: float, length: float
+) -> None:
+    kept = [one for one in took if one > np.median(took) / 2]
+    if len(kept) < 5:
+        return
+
+    (found,) = _paces(looks(*took), [(start, start + length)]).tolist()
+
+    assert 1 / max(kept) * (1 - 1e-9) <= found <= 1 / min(kept) * (1 + 1e-9)
