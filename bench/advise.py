@@ -3,9 +3,9 @@
 Each model is measured as ``parbake advise`` does it. Then for each trace and way of serving a real server is put under
 load from a cold start, and the advisor's model of it is followed for as long with as many connections; what the load
 generator itself costs, on the same CPUs, is measured beforehand against a server that does nothing, and the advisor is
-told. Machines are not equally quick all the time: that server is also the yardstick of how quick this one is when a
-model is measured, and before and after each look at a real server, and predictions are corrected by that ratio. All of
-it is done some times over; what counts is how far off the predictions are in the median.
+told. Machines are not equally quick all the time, so the pace of this one is looked at meanwhile
+(`parbake.runtime.pace`) and the advisor is told that too. All of it is done some times over; what counts is how far off
+the predictions are in the median.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ _WARM_UP_S: Final = 0.5
 _CLIENT_S: Final = 1.0
 """How long is looked at what the load generator takes."""
 _MOST_STOLEN: Final = 0.05
-"""Share of the CPU time that others on the same hardware may take while a server is looked at, or it is done again."""
+"""Share of the CPU time that may be taken from this machine during a look; beyond it, it is done again."""
 _TRIES: Final = 5
 _PACE_S: Final = 0.1
 _CLIENT_START_S: Final = 0.3
@@ -349,7 +349,8 @@ def _section(
             "each figure and ratio the median. No machine is equally quick all the time: what is measured and what is "
             "predicted is for the pace that `parbake.runtime.pace` sees at the same time (in ratio to when the model "
             f"was measured: median {quickness:.2f}, from {least:.2f} to {most:.2f}); looks during which "
-            f"{_MOST_STOLEN:.0%} of the CPU time or more was taken from the machine were done again ({again} of them). "
+            f"more than {_MOST_STOLEN:.0%} of the CPU time was taken from the machine were done again, up to "
+            f"{_TRIES - 1} times each ({again} in all). "
             "Load from bench/load.py on the same CPUs, which takes "
             f"{client_s * 1e6:.1f} us of CPU time for a request; the prediction counts that in, and the CPUs that "
             f"other programs took meanwhile. Traces {source}."

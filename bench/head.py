@@ -27,6 +27,7 @@ from bench.samples import rows_and_hits
 from bench.traces import Trace, generated, real
 from parbake.app.bake import bake
 from parbake.app.supervisor import Change
+from parbake.runtime.pace import Pace
 from parbake.testing import Server, serving
 from parbake.transports import client as admin
 
@@ -84,7 +85,8 @@ def run(
         "of rows, in per cent of the trace's keys; the fixed set is the best one chosen in hindsight (first touches "
         "not counted); hazards in hindsight are all that how often and how long ago a key was asked for can tell, "
         "measured on the whole trace beforehand; Belady's bound is what no cache can do better. Under load: "
-        f"{_CONNECTIONS} connections in a closed loop on the same CPUs, a model of about a millisecond a row.",
+        f"{_CONNECTIONS} connections in a closed loop on the same CPUs, a model of about a millisecond a row. What "
+        "something costs is told from pairs, each divided by the pace of the machine (`parbake.runtime.pace`).",
         (table, gain, costs, idle, release),
         (*targets, *gained, *costed, *idled, *released),
         this_machine(),
@@ -155,7 +157,16 @@ def _costs(
     seconds: float,
     say: Callable[[str], None],
 ) -> tuple[Table, list[Target], dict[str, Any]]:
-    """Requests per second with something switched on, in ratio to without it just before and just after."""
+    """Requests per second with something switched on, in ratio to without it just before and just after.
+
+    Each at the pace that the machine had meanwhile.
+    """
+
+    def rate(server: Server) -> float:
+        since = time.monotonic()
+        found = client.put(server.port, _PATH, bodies, _CONNECTIONS, seconds).requests_per_s
+        return found / pace.between(since)
+
     count = 1000
     bodies = tuple(row_body(row) for row in rows[:count])
     table = _baked(folder, bundle, rows[:count], "fixed")
@@ -177,14 +188,17 @@ def _costs(
     figures: dict[str, Any] = {}
     for what, without, with_ in pairs:
         ratios: list[float] = []
-        with serving(bundle, workers=1, **without) as one, serving(bundle, workers=1, **with_) as other:
+        with (
+            serving(bundle, workers=1, **without) as one,
+            serving(bundle, workers=1, **with_) as other,
+            Pace() as pace,
+        ):
             # All of them have been asked for before it counts.
             _put(other, bodies, range(count), 1.5 * seconds)
-            before = client.put(one.port, _PATH, bodies, _CONNECTIONS, seconds).requests_per_s
+            before = rate(one)
             for number in range(rounds):
                 say(f"{what}, round {number + 1} of {rounds}")
-                there = client.put(other.port, _PATH, bodies, _CONNECTIONS, seconds).requests_per_s
-                after = client.put(one.port, _PATH, bodies, _CONNECTIONS, seconds).requests_per_s
+                there, after = rate(other), rate(one)
                 ratios.append(there / ((before + after) / 2))
                 before = after
         ratio = median(ratios)

@@ -1,24 +1,24 @@
 """``python -m bench.pace``: how much of what changes from one half second to the next `parbake.runtime.pace` sees.
 
-A server under a steady load is observed in parts of half a second, and so is the pace. Printed is the standard deviation
-of the logarithm of its requests per second, as it is and after it is divided by the pace. Parts in which CPU time was
-taken from the machine, or in which it was given to something else, are left out as far as the system tells.
+A server under a steady load is observed in parts of half a second, and so is the pace. Printed is the standard
+deviation of the logarithm of its requests per second, as they are and divided by the pace. Parts in which CPU time was
+taken from the machine are left out as far as the system tells.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
-import threading
 import time
-from itertools import cycle
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 
 from bench.advise import busy_s
-from bench.load import Load, put
+from bench.load import Load, pouring
 from bench.network import packed_network, row_body, rows_of
 from bench.samples import rows_and_hits
 from parbake.app.measure import examples_of, quick_table
@@ -35,6 +35,7 @@ _WAYS: Final = (
 _ROWS: Final = 5000
 _PART_S: Final = 0.5
 _MOST_STOLEN: Final = 0.02
+"""Share of the CPU time of a part."""
 
 
 def main() -> None:
@@ -44,7 +45,10 @@ def main() -> None:
     seconds: float = parser.parse_args().seconds
     with tempfile.TemporaryDirectory(prefix="parbake-pace-") as folder, Pace() as pace:
         lines = [
-            (what, *(f"{figure:.3f}" for figure in _spread(Path(folder) / str(at), mode, layers, seconds, pace)))
+            (
+                what,
+                *(f"{figure:.3f}" for figure in _spread(Path(folder) / str(at), mode, layers, seconds, pace)),
+            )
             for at, (what, mode, layers) in enumerate(_WAYS)
         ]
     emit_table(lines, ("way", "as it is", "divided by the pace"), numbers=("as it is", "divided by the pace"))
@@ -64,18 +68,15 @@ def _spread(folder: Path, mode: str, layers: int, seconds: float, pace: Pace) ->
     bodies = tuple(row_body(row) for row in rows)
     with serving(bundle.path, arguments=words) as server:
         path = f"/v2/models/{bundle.contract.name}/infer"
-        load = Load(server.port, path, bodies, tuple(range(_ROWS)), 32, seconds + 2)
-        pouring = threading.Thread(target=put, args=(load,))
-        pouring.start()
-        time.sleep(1)
         seen: list[tuple[float, float, float]] = []
-        while len(seen) <= seconds / _PART_S:
-            seen.append((time.monotonic(), rows_and_hits(server.url)[0], busy_s()[1]))
-            time.sleep(_PART_S)
-        pouring.join()
+        with pouring(Load(server.port, path, bodies, tuple(range(_ROWS)), 32, seconds=3600.0)):
+            time.sleep(2)
+            while len(seen) <= seconds / _PART_S:
+                seen.append((time.monotonic(), rows_and_hits(server.url)[0], busy_s()[1]))
+                time.sleep(_PART_S)
     times, counts, stolen = np.array(seen).T
-    paces = pace.of(list(zip(times[:-1], times[1:], strict=True)))
-    kept = np.diff(stolen) <= _MOST_STOLEN * np.diff(times)
+    paces = pace.of(list(pairwise(times.tolist())))
+    kept = np.diff(stolen) <= _MOST_STOLEN * np.diff(times) * (os.cpu_count() or 1)
     rates = (np.diff(counts) / np.diff(times))[kept]
     return float(np.std(np.log(rates))), float(np.std(np.log(rates / paces[kept])))
 

@@ -1,14 +1,19 @@
 """The processes that look at the machine's pace: they tell of it, and they end."""
 
-import os
+from __future__ import annotations
+
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+
+import numpy as np
+import pytest
 
 from parbake.runtime.pace import Pace
 
-_CHILDREN = """
+_HOLDER = """
 import sys, time
 from parbake.runtime.pace import Pace
 with Pace() as pace:
@@ -19,37 +24,80 @@ with Pace() as pace:
 
 def _gone(pid: int) -> bool:
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
         return True
-    with open(f"/proc/{pid}/stat") as status:
-        return status.read().rpartition(")")[2].split()[0] == "Z"
+    return status.rpartition(")")[2].split()[0] == "Z"
 
 
-def test_a_pace_is_told_of_now_and_of_each_part_of_what_was() -> None:
+def _wait_until_gone(pids: list[int]) -> None:
+    limit = time.monotonic() + 20
+    while not all(map(_gone, pids)):
+        assert time.monotonic() < limit, "processes were left behind"
+        time.sleep(0.02)
+
+
+def test_a_pace_is_told_of_a_span_and_of_each_part_of_it() -> None:
     with Pace() as pace:
         started = time.monotonic()
         time.sleep(0.5)
-        now = time.monotonic()
-        parts = pace.parts(started, now, 0.1)
+        parts = pace.parts(started, started + 0.5, 0.1)
 
+        assert pace.seen
+        assert pace.whole
         assert len(parts) == 5
-        assert (parts > 0).all()
-        assert min(parts) <= pace.between(started) <= max(parts) * 1.1
+        assert (parts > 1).all()
+        assert 0.8 * min(parts) <= pace.between(started, started + 0.5) <= 1.2 * max(parts)
 
 
-def test_they_end_with_the_block_and_with_who_wanted_to_know() -> None:
+def test_they_end_with_the_block() -> None:
     with Pace() as pace:
         pids = [one.pid for one in pace._processes]
+        assert pids
         assert not any(map(_gone, pids))
+
     assert all(map(_gone, pids))
 
-    with subprocess.Popen([sys.executable, "-c", _CHILDREN], stdout=subprocess.PIPE, text=True) as process:
+
+def test_they_end_with_a_process_that_is_killed() -> None:
+    with subprocess.Popen([sys.executable, "-c", _HOLDER], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         pids = [int(word) for word in process.stdout.readline().split()]
+        assert pids
         process.send_signal(signal.SIGKILL)
         process.wait()
-        limit = time.monotonic() + 20
-        while not all(map(_gone, pids)):
-            assert time.monotonic() < limit, "processes were left behind"
-            time.sleep(0.02)
+        _wait_until_gone(pids)
+
+
+def test_one_whose_parent_was_gone_before_it_began_ends_at_once(tmp_path: Path) -> None:
+    nobody = subprocess.Popen(["true"])
+    nobody.wait()
+    command = [sys.executable, "-P", "-m", "parbake.runtime.pacer", "0", str(tmp_path / "0"), str(nobody.pid)]
+
+    assert subprocess.run(command, timeout=20, check=False).returncode == 0
+
+
+def test_modules_of_the_folder_that_one_is_in_are_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "socket.py").write_text("raise RuntimeError('this is not Python's')")
+    monkeypatch.chdir(tmp_path)
+
+    with Pace() as pace:
+        assert pace.seen
+
+
+def test_where_it_cannot_be_seen_the_pace_is_1_and_one_that_ends_is_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with Pace() as pace:
+        pace._processes[0].kill()
+        pace._processes[0].wait()
+        assert pace.seen
+        assert not pace.whole
+
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with Pace() as pace:
+        assert not pace.seen
+        assert pace.whole
+        assert pace.of([(0.0, 1.0), (1.0, 2.0)]).tolist() == np.ones(2).tolist()

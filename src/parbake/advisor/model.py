@@ -165,7 +165,7 @@ class Costs:
     scatter: float = 0.0
     """Standard deviation of the logarithm of latencies among many connections, where each request costs the same."""
     pace: float = 0.0
-    """How quick the machine was on average, which is what all times are for; see `parbake.runtime.pace`."""
+    """How quick the machine was on average, which is what all times are for; 0 where that could not be seen."""
     unsteady: float = 0.0
     """Standard deviation of its pace meanwhile, in ratio to the mean."""
 

@@ -15,10 +15,10 @@ spread of the model's time around its median, refusals by deadline, and requests
 from __future__ import annotations
 
 import heapq
-import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Final
 
 import numpy as np
@@ -30,7 +30,8 @@ _ARRIVE, _RECEIVE, _BATCH, _BACK, _ANSWER = 0, 1, 2, 3, 4
 _NEVER: Final = float("inf")
 _SEED: Final = 0
 _HELD_S: Final = 0.002
-"""How long a pace lasts: about as long as a scheduler lets a thread have a CPU."""
+"""How long a pace lasts at least: about as long as a scheduler lets a thread have a CPU."""
+_BLOCK: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +123,9 @@ class _Simulation:
         self._client_s = client_s
         self._paces, self._pace_s = paces, pace_s
         self._scatter = costs.scatter
+        self._spells = _spells(costs.scatter)
+        # Of a slow model spells would be many and change nothing.
         self._held_s = max(_HELD_S, costs.model.one_s / 10)
-        self._scattered = np.random.default_rng(_SEED)
         self._pace, self._pace_until = 1.0, 0.0
         self._weights = (1.0 * quicker, float(costs.threads), 1.0)
         self._now = 0.0
@@ -218,9 +220,10 @@ class _Simulation:
 
     def _change_pace(self) -> None:
         """How quick things go from now on; the mean is what the costs are for."""
-        sigma = self._scatter
-        self._pace = math.exp(sigma * self._scattered.standard_normal() - sigma * sigma / 2) if sigma else 1.0
-        self._pace_until = self._now + self._held_s if sigma else _NEVER
+        # A request that is alone meets nobody: what it costs was measured that way.
+        scattered = self._scatter > 0 and len(self._sent) - self._done > 1
+        self._pace = next(self._spells) if scattered else 1.0
+        self._pace_until = self._now + self._held_s if self._scatter > 0 else _NEVER
         if self._paces:
             at = min(int(self._now / self._pace_s + 1e-6), len(self._paces) - 1)
             self._pace *= self._paces[at]
@@ -364,6 +367,21 @@ class _Simulation:
         self._latency[number] = self._now - self._sent[number]
         self._ended.append(number)
         self._done += 1
+
+
+def _spells(sigma: float) -> Iterator[float]:
+    """Paces that are lognormal, with a mean of 1 in every `_BLOCK` of them.
+
+    Short simulations are no lottery: each slow one has its quick one beside it (antithetic variates).
+    """
+    normal = NormalDist()
+    paces = np.exp([sigma * normal.inv_cdf((i + 0.5) / _BLOCK) for i in range(_BLOCK)])
+    paces /= paces.mean()
+    pairs = np.column_stack([paces, paces[::-1]])[: _BLOCK // 2]
+    random = np.random.default_rng(_SEED)
+    while True:
+        for pair in random.permutation(pairs):
+            yield from random.permutation(pair).tolist()
 
 
 def largest_batch(fixed_s: float, row_s: float, longest_s: float, most: int) -> int:

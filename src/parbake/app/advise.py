@@ -261,5 +261,7 @@ def _notes(traffic: Traffic, costs: Costs) -> Iterator[str]:
     if costs.unsteady > _UNSTEADY:
         yield (
             f"this machine was not equally quick while it was measured (by {costs.unsteady:.0%}, as a standard "
-            "deviation): times are those of its mean pace"
+            "deviation): times are those of its mean pace; they are surer when nothing else runs"
         )
+    if not costs.pace:
+        yield "how quick this machine was while it was measured could not be seen: times are as they were taken"

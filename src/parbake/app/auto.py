@@ -32,7 +32,7 @@ _LEAST_GAIN: Final = 0.1
 _MOST_LOSS: Final = 0.03
 """How much better what is in force may be when dynamic mode, the simplest, takes its place all the same. What is
 between the two changes nothing."""
-_FOLLOWED: Final = 2000
+_FOLLOWED: Final = 4000
 """Requests that are followed through the queues for each way: medians need no more."""
 _LONGEST_S: Final = 300.0
 _END_S: Final = 5.0

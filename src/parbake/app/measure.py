@@ -58,6 +58,7 @@ _HELD_OF: Final = 4
 _RUN_S: Final = 0.3
 _ONE_SIGMA: Final = (0.1587, 0.8413)
 """One standard deviation below and above the mean, of a normal distribution."""
+_MOST_SCATTER: Final = 1.0
 _STEADY_S: Final = 0.5
 """How long the parts are whose paces are compared to tell how steady the machine is."""
 _START_S: Final = 60.0
@@ -214,7 +215,8 @@ def measure(
 
     Each time is corrected by how quick the machine was just then, in ratio to its mean pace.
 
-    Raises `NotReady` where no server can be started, `BundleError` where the bundle cannot be loaded.
+    Raises `NotReady` where no server can be started or a process ends meanwhile, `BundleError` where the bundle
+    cannot be loaded.
     """
     examples = examples_of(bundle)
     cores = cpu.quota()
@@ -238,8 +240,13 @@ def measure(
                 # A front lends a model one thread.
                 alone = Session(bundle, allow_pickle=allow_pickle)
                 model, threads = _model_cost(alone, examples, pace, stage)
-            front, scatter = _front_cost(server, model, many.bodies, examples.bodies, connections, pace, stage)
+            front, scatter = _front_cost(
+                server, model, many.bodies, examples.bodies, connections, pace, stage
+            )
         paces = pace.parts(since, time.monotonic(), _STEADY_S)
+        if not pace.whole:
+            raise NotReady("a process that looked at the machine's pace ended", retry_after_s=1.0)
+        seen = pace.seen
     mean, unsteady = float(np.mean(paces)), float(np.std(paces) / np.mean(paces))
     usual = model.times(1 / mean)
     longest_s = _INLINE_BATCH_S if inline else min(deadline_s / 2, _LONGEST_BATCH_S)
@@ -253,8 +260,8 @@ def measure(
         table_row_bytes=row_bytes,
         head_row_bytes=head_row_bytes(examples),
         most_batch_rows=largest_batch(usual.fixed_s, usual.row_s, longest_s, _LARGEST_BATCH),
-        scatter=scatter,
-        pace=mean,
+        scatter=min(scatter, _MOST_SCATTER),
+        pace=mean if seen else 0.0,
         unsteady=unsteady,
     )
 
@@ -536,7 +543,7 @@ def _drive(server: _Server, name: str, bodies: Sequence[bytes], connections: int
     return _Run(
         len(latencies),
         quick * float(np.median(latencies)),
-        quick * (cpu_s / len(latencies) if not math.isnan(cpu_s) else np.median(latencies) / connections),
+        quick * (float(np.median(latencies)) / connections if math.isnan(cpu_s) else cpu_s / len(latencies)),
         float(batch_rows / batches) if batches else 0.0,
         float(kept / rows) if rows else 0.0,
         float(np.diff(np.log(np.quantile(latencies, _ONE_SIGMA)))[0] / 2),

@@ -129,8 +129,8 @@ class PredictionLog:
         return done
 
     def _append(self, batch: pa.RecordBatch) -> None:
-        times = batch.column("time").cast(pa.int64())
-        first, last = times[0].as_py(), times[-1].as_py()
+        times = _times_us(batch.column("time"))
+        first, last = int(times[0]), int(times[-1])
         if self._file is not None and first < self._last_us - _CLOCK_BACK_US:
             self.rotate()
         if self._file is None:
@@ -157,11 +157,13 @@ class PredictionLog:
         self._counts = replace(self._counts, sampled_out=self._counts.sampled_out + out)
         if not kept:
             return None
-        table = as_table([batch for batch in batches if batch.num_rows])
-        times = table.column("time").cast(pa.int64()).to_numpy()
+        batches = [batch for batch in batches if batch.num_rows]
+        # Most have one deployment.
+        whole = batches[0] if len(batches) == 1 else as_table(batches).to_batches()[0]
+        times = _times_us(whole.column("time"))
         if (times[1:] < times[:-1]).any():
-            table = table.take(np.argsort(times, kind="stable"))
-        return table.combine_chunks().to_batches()[0]
+            whole = whole.take(pa.array(np.argsort(times, kind="stable")))
+        return whole
 
     def _rows(self, recorder: Recorder, rows: Rows) -> pa.RecordBatch:
         count = len(rows)
@@ -194,16 +196,18 @@ class PredictionLog:
         hidden = self._hidden(recorder.deployment) if self.options.inputs == "hashed" else None
         if hidden is not None:
             matrix = np.frombuffer(b"".join(hidden.of(keys)), np.uint8).reshape(-1, KEY_BYTES)
+        first = pa.array(np.zeros(kept, np.int32))
+        moments = pa.py_buffer((times * 1e6).astype(np.int64))
         columns = [
-            pa.array((times * 1e6).astype(np.int64)).cast(SCHEMA.field("time").type),
+            pa.Array.from_buffers(SCHEMA.field("time").type, kept, [None, moments]),
             *(
-                _named(np.zeros(kept, np.int32), (value,))
+                _named(first, (value,))
                 for value in (recorder.deployment, recorder.version, recorder.mode, recorder.digest)
             ),
             _fixed(matrix, has_key),
-            _named(where.astype(np.int32), NAMES),
+            _named(pa.array(where.astype(np.int32)), NAMES),
             pa.array((seconds * 1e3).astype(np.float32)),
-            _named(status, tuple(codes)),
+            _named(pa.array(status) if len(codes) > 1 else first, tuple(codes)),
             pa.nulls(kept, SCHEMA.field("inputs").type) if inputs is None else _lists(inputs, hidden),
             _binaries(records) if self.options.outputs else pa.nulls(kept, pa.binary()),
         ]
@@ -443,8 +447,13 @@ def _stamp_us(file: LogFile) -> int:
     return int(parsed.timestamp() * 1e6) - 1
 
 
-def _named(indices: npt.NDArray[np.int32], names: Sequence[str]) -> pa.DictionaryArray:
-    return pa.DictionaryArray.from_arrays(pa.array(indices), pa.array(names, pa.string()))
+def _named(indices: pa.Int32Array, names: Sequence[str]) -> pa.DictionaryArray:
+    return pa.DictionaryArray.from_arrays(indices, pa.array(names, pa.string()))
+
+
+def _times_us(column: pa.Array) -> npt.NDArray[np.int64]:
+    """An Arrow array of times, without nulls, as numbers of microseconds."""
+    return np.frombuffer(column.buffers()[1], np.int64, len(column), 8 * column.offset)
 
 
 def _lists(rows: Sequence[Sequence[bytes] | None], hidden: _Hidden | None) -> Any:

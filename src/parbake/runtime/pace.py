@@ -7,10 +7,7 @@ notes the CPU time that it took. It takes between one and two per cent of a CPU.
 
 from __future__ import annotations
 
-import json
 import os
-import socket
-import struct
 import subprocess
 import sys
 import tempfile
@@ -23,15 +20,21 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-_EVERY_S: Final = 0.01
+from parbake.runtime import cpu
+from parbake.runtime.pacer import EVERY_S, LOOK
+
 _MOST_CPUS: Final = 4
 """More CPUs are not looked at: these stand for all."""
 _START_S: Final = 20.0
 _FEWEST_LOOKS: Final = 5
 _ENOUGH_LOOKS: Final = 2 * _FEWEST_LOOKS
 """From which on there is a pace."""
-_LOOK: Final = struct.Struct("=dd")
-"""When it was (seconds, as `time.monotonic` has it), and the CPU seconds that the work took."""
+_AROUND: Final = 5
+"""Looks before and after one that it is compared with."""
+_FAR_OFF: Final = 1 / 3
+
+Looks = npt.NDArray[np.float64]
+"""Of one CPU: when, and the CPU seconds that the work took."""
 
 
 class Pace:
@@ -39,6 +42,9 @@ class Pace:
 
     def __init__(self) -> None:
         self._processes: list[subprocess.Popen[bytes]] = []
+        self._paths: list[Path] = []
+        self.seen = False
+        """Whether the pace can be seen at all; if not it is always 1."""
 
     def __enter__(self) -> Pace:
         self._folder = tempfile.TemporaryDirectory(prefix="parbake-pace-")
@@ -46,13 +52,21 @@ class Pace:
             cpus: Sequence[int] = range(os.cpu_count() or 1)
             if hasattr(os, "sched_getaffinity"):
                 cpus = sorted(os.sched_getaffinity(0))
-            for cpu in cpus[:_MOST_CPUS]:
-                command = [sys.executable, "-m", __name__, str(cpu), str(self._path(cpu))]
+            for number in cpus[: min(_MOST_CPUS, cpu.quota())]:
+                path = Path(self._folder.name) / str(number)
+                # -P: nothing is imported from the folder that the user happens to be in.
+                command = [sys.executable, "-P", "-m", "parbake.runtime.pacer"]
+                command += [str(number), str(path), str(os.getpid())]
                 self._processes.append(
-                    subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+                    subprocess.Popen(
+                        command,
+                        stdin=subprocess.DEVNULL,
+                        stdout=subprocess.DEVNULL,
+                        stderr=subprocess.DEVNULL,
+                    )
                 )
-            self._paths = [self._path(cpu) for cpu in cpus[:_MOST_CPUS]]
-            self._wait()
+                self._paths.append(path)
+            self.seen = self._starts()
         except BaseException:
             self._end()
             raise
@@ -69,6 +83,8 @@ class Pace:
 
     def of(self, spans: Sequence[tuple[float, float]]) -> npt.NDArray[np.float64]:
         """The mean pace of each of some spans of time; of short ones that of about 50 ms around them."""
+        if not self.seen:
+            return np.ones(len(spans))
         found: npt.NDArray[np.float64] = np.mean([_paces(looks, spans) for looks in self._looks()], axis=0)
         return found
 
@@ -77,23 +93,26 @@ class Pace:
         count = max(round((end - start) / seconds), 1)
         return self.of([(start + i * seconds, start + (i + 1) * seconds) for i in range(count)])
 
-    def _path(self, cpu: int) -> Path:
-        return Path(self._folder.name) / str(cpu)
+    @property
+    def whole(self) -> bool:
+        """Whether it was seen from beginning to end, or never."""
+        return not self.seen or all(process.poll() is None for process in self._processes)
 
-    def _looks(self) -> list[npt.NDArray[np.float64]]:
+    def _looks(self) -> list[Looks]:
         found = []
         for path in self._paths:
             content = path.read_bytes() if path.exists() else b""
-            whole = content[: len(content) // _LOOK.size * _LOOK.size]
-            found.append(np.frombuffer(whole, np.float64).reshape(-1, 2))
+            whole = content[: len(content) // LOOK.size * LOOK.size]
+            found.append(_sound(np.frombuffer(whole, np.float64).reshape(-1, 2)))
         return found
 
-    def _wait(self) -> None:
+    def _starts(self) -> bool:
         limit = time.monotonic() + _START_S
-        while min(map(len, self._looks())) < _ENOUGH_LOOKS:
-            if time.monotonic() > limit or any(one.poll() is not None for one in self._processes):
-                raise OSError("the processes that look at the machine's pace did not start")
-            time.sleep(_EVERY_S)
+        while time.monotonic() < limit and self.whole and all(one.poll() is None for one in self._processes):
+            if min(map(len, self._looks())) >= _ENOUGH_LOOKS:
+                return True
+            time.sleep(EVERY_S)
+        return False
 
     def _end(self) -> None:
         for process in self._processes:
@@ -103,11 +122,21 @@ class Pace:
         self._folder.cleanup()
 
 
-def _paces(looks: npt.NDArray[np.float64], spans: Sequence[tuple[float, float]]) -> npt.NDArray[np.float64]:
+def _sound(looks: Looks) -> Looks:
+    """The looks without those that took next to no time, compared with those around them.
+
+    What is taken from a virtual machine is taken off CPU times by guess, and at times too much of it.
+    """
+    looks = looks[looks[:, 1] > 0]
+    if len(looks) < _ENOUGH_LOOKS:
+        return looks
+    took = np.pad(looks[:, 1], _AROUND, mode="edge")
+    usual = np.median(np.lib.stride_tricks.sliding_window_view(took, 2 * _AROUND + 1), axis=1)
+    return looks[looks[:, 1] > _FAR_OFF * usual]
+
+
+def _paces(looks: Looks, spans: Sequence[tuple[float, float]]) -> npt.NDArray[np.float64]:
     """The mean pace of one CPU in some spans of time, or of the looks next to them where there are few."""
-    took = looks[:, 1]
-    # What is taken from a virtual machine is taken off CPU times by guess, and at times too much of it.
-    looks = looks[took > np.median(took) / 2]
     sums = np.concatenate([[0.0], np.cumsum(1 / looks[:, 1])])
     starts, ends = np.array(spans).T
     first, last = np.searchsorted(looks[:, 0], starts), np.searchsorted(looks[:, 0], ends)
@@ -116,44 +145,3 @@ def _paces(looks: npt.NDArray[np.float64], spans: Sequence[tuple[float, float]])
     first = np.clip(first - lacking, 0, last - _FEWEST_LOOKS)
     paces: npt.NDArray[np.float64] = (sums[last] - sums[first]) / (last - first)
     return paces
-
-
-class _Work:
-    """What a request takes of a CPU, in small: Python, JSON, and bytes through a socket."""
-
-    _TEXT: Final = json.dumps(
-        {"inputs": [{"name": "x", "shape": [1, 10], "data": [i / 7 for i in range(10)]}]}
-    )
-
-    def __init__(self) -> None:
-        self._here, self._there = socket.socketpair()
-
-    def do(self) -> None:
-        total = 0
-        for i in range(500):
-            total += i
-        for _ in range(8):
-            self._here.send(b"x" * 300)
-            self._there.recv(1000)
-        for _ in range(3):
-            json.loads(self._TEXT)
-
-
-def main(cpu: int, path: Path) -> None:
-    """Look on until whoever wants to know is gone."""
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {cpu})
-    work = _Work()
-    parent = os.getppid()
-    with path.open("wb", buffering=0) as file:
-        while os.getppid() == parent:
-            time.sleep(_EVERY_S)
-            # The first time is for the caches.
-            work.do()
-            started = time.thread_time()
-            work.do()
-            file.write(_LOOK.pack(time.monotonic(), time.thread_time() - started))
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
