@@ -83,7 +83,7 @@ def run(
         "The learned head",
         f"Coverage: share of requests answered from what is kept, replaying {source} from a cold start under a budget "
         "of rows, in per cent of the trace's keys; the fixed set is the best one chosen in hindsight (first touches "
-        "not counted); hazards in hindsight are all that how often and how long ago a key was asked for can tell, "
+        "not counted); hazards in hindsight are what how often and how long ago a key was asked for tells, "
         "measured on the whole trace beforehand; Belady's bound is what no cache can do better. Under load: "
         f"{_CONNECTIONS} connections in a closed loop on the same CPUs, a model of about a millisecond a row. Ratios "
         "of what is measured under load one after another are those at the same pace of the machine "

@@ -58,10 +58,10 @@ def best_fixed(rows: int, trace: Sequence[int]) -> float:
 
 
 def known_hazards(rows: int, trace: Sequence[int]) -> float:
-    """All that how often and how long ago can tell: how likely keys of each class are, measured on the whole trace.
+    """What how often and how long ago tell: how likely keys of each class are, measured on the whole trace.
 
     Classes are by count (each of 1 to 8 on its own, then by half octaves) and by age (half octaves). Every 50 requests
-    the keys most likely to come are held, of all that were asked for before, at no cost.
+    the keys most likely to come are held, of all that were asked for before, at no cost; those asked for meanwhile too.
     """
     keys = np.array(trace)
     asked, there = np.zeros(_COUNTS * _AGES), np.zeros(_COUNTS * _AGES)

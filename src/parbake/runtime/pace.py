@@ -108,7 +108,7 @@ class Pace:
 
     def _starts(self) -> bool:
         limit = time.monotonic() + _START_S
-        while time.monotonic() < limit and self.whole and all(one.poll() is None for one in self._processes):
+        while time.monotonic() < limit and all(one.poll() is None for one in self._processes):
             if min(map(len, self._looks())) >= _ENOUGH_LOOKS:
                 return True
             time.sleep(EVERY_S)

@@ -9,7 +9,7 @@ import pytest
 
 from parbake.advisor.model import BatchTime, Costs, ModelCost
 from parbake.app import measure as module
-from parbake.app.measure import _front_cost
+from parbake.app.measure import Examples, _front_cost, _model_cost
 
 _LATENCIES = [2e-3] * 50 + [4e-3] * 50
 
@@ -47,3 +47,22 @@ def test_where_cpu_times_cannot_be_read_the_costs_are_numbers_that_can_be_writte
     costs = Costs(model, front, False, 1, 1, 2.0, 40.0, 400.0, 64, scatter)
 
     assert msgspec.json.decode(msgspec.json.encode(costs), type=Costs) == costs
+
+
+def test_calls_of_the_model_are_told_at_a_pace_of_1() -> None:
+    session = SimpleNamespace(run_raw=lambda raws, rows, shapes: sum(range(1000)))
+    examples = Examples(((b"x",),), ((1,),), (), (), ())
+
+    # Far enough apart for any machine.
+    slow, quick = (
+        _model_cost(
+            cast(Any, session),
+            examples,
+            cast(Any, SimpleNamespace(of=lambda spans, pace=pace: np.full(len(spans), pace))),
+            lambda words: None,
+        )[0]
+        for pace in (1.0, 1e6)
+    )
+
+    assert 1e4 < quick.one_s / slow.one_s < 1e8
+    assert quick.batches[-1].p99_s / slow.batches[-1].p50_s > 1e4
