@@ -11,10 +11,10 @@ the predictions are in the median.
 from __future__ import annotations
 
 import lzma
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from statistics import median
@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from bench.load import Load as Requests
 from bench.load import put
-from bench.machine import this_machine
+from bench.machine import LOOKS, MOST_STOLEN, busy_s, this_machine, undisturbed
 from bench.network import packed_network, row_body, rows_of
 from bench.processes import cpu_seconds, peer, with_descendants
 from bench.report import Section, Table, at_most
@@ -57,9 +57,6 @@ _BUDGET: Final = 0.05
 _WARM_UP_S: Final = 0.5
 _CLIENT_S: Final = 1.0
 """How long is looked at what the load generator takes."""
-_MOST_STOLEN: Final = 0.05
-"""Share of the CPU time that may be taken from this machine during a look; beyond it, it is done again."""
-_TRIES: Final = 5
 _PACE_S: Final = 0.1
 _CLIENT_START_S: Final = 0.3
 """About what the load generator takes to start: Python and its imports."""
@@ -170,12 +167,8 @@ def _run(
                         longer * seconds,
                         warm_up_s=_WARM_UP_S,
                     )
-                    look = _observe(bundle, words, load, pace)
-                    tries = 1
-                    while look.stolen > _MOST_STOLEN and tries < _TRIES:
-                        look = _observe(bundle, words, load, pace)
-                        tries += 1
-                    again += tries - 1
+                    look, disturbed = undisturbed(partial(_observe, bundle, words, load, pace))
+                    again += disturbed
                     quickness = float(np.mean(look.paces)) / costs.pace
                     predicted = _predict(
                         costs, look, _Ways(way, order, head_rows), longer * seconds, client_s
@@ -201,8 +194,6 @@ class _Look:
     seen: Seen
     others: float
     """CPUs that other programs took."""
-    stolen: float
-    """Share of all CPU time that the machine did not get at all."""
     paces: npt.NDArray[np.float64]
     """Of the machine, in parts of `_PACE_S`."""
 
@@ -224,7 +215,6 @@ def _observe(bundle: StoredBundle, words: list[str], load: Requests, pace: Pace)
         return _Look(
             Seen(seen.requests_per_s, seen.p50_ms, seen.p99_ms, hits / rows if rows else 0.0),
             max(busy + stolen - ours, 0.0) / passed,
-            stolen / passed / (os.cpu_count() or 1),
             paces,
         )
 
@@ -279,14 +269,6 @@ class _Ways:
 
     def _joined(self, number: int) -> None:
         self._head.joined(self._key(number))
-
-
-def busy_s() -> tuple[float, float]:
-    """CPU time that the whole machine has spent on anything, and that was taken from it."""
-    fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
-    user, nice, system, _, _, irq, softirq, steal = map(int, fields[:8])
-    ticks = os.sysconf("SC_CLK_TCK")
-    return (user + nice + system + irq + softirq) / ticks, steal / ticks
 
 
 def _traces() -> tuple[list[tuple[str, Keys]], bool]:
@@ -349,8 +331,8 @@ def _section(
             "each figure and ratio the median. No machine is equally quick all the time: what is measured and what is "
             "predicted is for the pace that `parbake.runtime.pace` sees at the same time (in ratio to when the model "
             f"was measured: median {quickness:.2f}, from {least:.2f} to {most:.2f}); looks during which "
-            f"more than {_MOST_STOLEN:.0%} of the CPU time was taken from the machine were done again, up to "
-            f"{_TRIES - 1} times each ({again} in all). "
+            f"more than {MOST_STOLEN:.0%} of the CPU time was taken from the machine were done again, up to "
+            f"{LOOKS - 1} times each ({again} in all). "
             "Load from bench/load.py on the same CPUs, which takes "
             f"{client_s * 1e6:.1f} us of CPU time for a request; the prediction counts that in, and the CPUs that "
             f"other programs took meanwhile. Traces {source}."

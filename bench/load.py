@@ -40,6 +40,8 @@ class Load(Struct, frozen=True):
     connections: int
     seconds: float
     """Length of the measured window."""
+    once: bool = False
+    """Whether the window ends with the order, if that comes first."""
     warm_up_s: float = 0.5
     """Time under the same load before the window begins; its answers are checked too."""
     expected: tuple[Outputs, ...] = ()
@@ -122,8 +124,9 @@ def run_apart(module: str, load: Struct, seconds: float) -> Measured:
 class ClosedLoop:
     """What all connections of one load share: what is to be sent next, and what came of it."""
 
-    def __init__(self, order: Iterable[int], bodies: int) -> None:
-        self._order: Iterator[int] = cycle(order)
+    def __init__(self, order: Iterable[int], bodies: int, *, once: bool = False) -> None:
+        self._over = asyncio.Event()
+        self._order: Iterator[int] = _through(order, self._over) if once else cycle(order)
         self._seen: list[bytes | None] = [None] * bodies
         """The last reply to each body that was in order: the same bytes need no second look."""
         self.latencies: list[float] = []
@@ -141,14 +144,16 @@ class ClosedLoop:
         self.complaint = self.complaint or words
 
     async def measure(self, warm_up_s: float, seconds: float) -> Measured:
-        """Look on for so long, or until SIGTERM, and wait for the last replies; connections have been made."""
+        """Look on for so long, or until SIGTERM or the order's end, and wait for the last replies.
+
+        Connections have been made.
+        """
         await asyncio.sleep(warm_up_s)
         self.latencies.clear()
         started, busy = time.perf_counter(), time.process_time()
-        stop = asyncio.Event()
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._over.set)
         with suppress(TimeoutError):
-            await asyncio.wait_for(stop.wait(), seconds)
+            await asyncio.wait_for(self._over.wait(), seconds)
         seconds, busy = time.perf_counter() - started, time.process_time() - busy
         latencies, self.latencies = self.latencies, []
         self.stopping = True
@@ -183,7 +188,7 @@ class _Run(ClosedLoop):
             f"{head}content-length: {len(body)}\r\n\r\n".encode() + body for body in load.bodies
         ]
         self._expected = load.expected
-        super().__init__(load.order, len(load.bodies))
+        super().__init__(load.order, len(load.bodies), once=load.once)
         self.heads: dict[bytes, tuple[int, int]] = {}
         self.bodies_answered: set[int] = set()
         self.bodies_unknown: set[int] = set()
@@ -282,6 +287,14 @@ class _Connection(asyncio.Protocol):
         self._run.lost += 1
         if self._number >= 0:
             self._run.fail(f"body {self._number}: the connection was closed before the reply ({exc})")
+
+
+def _through(order: Iterable[int], over: asyncio.Event) -> Iterator[int]:
+    """An order that tells when all of it has been taken; there is more of it all the same, for the last replies."""
+    order = tuple(order)
+    yield from order
+    over.set()
+    yield from cycle(order)
 
 
 def _read_head(head: bytes) -> tuple[int, int]:

@@ -17,8 +17,8 @@ from typing import Final
 
 import numpy as np
 
-from bench.advise import busy_s
 from bench.load import Load, pouring
+from bench.machine import busy_s
 from bench.network import packed_network, row_body, rows_of
 from bench.samples import rows_and_hits
 from parbake.app.measure import examples_of, quick_table

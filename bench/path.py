@@ -2,7 +2,7 @@
 
 The real protocol, router, endpoint, batcher and session answer on 64 connections whose transports throw the
 replies away. CPU time of the whole process; the least of many rounds counts, as all else is other people's load.
-The prediction log's part in the background is done in between and timed apart.
+What is done later, of the prediction log and of the learned head, is done in between and timed apart.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from parbake.monitoring.service import Monitor
 from parbake.runtime.backends import InlineBackend
 from parbake.runtime.batcher import Batcher
 from parbake.runtime.session import Session
+from parbake.serving.head import Head
 from parbake.serving.service import ServedVersion
 from parbake.serving.stats import Stats
 from parbake.settings import ServerSettings
@@ -35,7 +36,15 @@ from parbake.transports.http.protocol import HttpProtocol, Limits, Site
 from parbake.transports.http.router import Router
 
 _ROWS: Final = 20_000
-WAYS: Final = ("dynamic", "table hit", "everything on, dynamic", "everything on, table hit")
+WAYS: Final = (
+    "dynamic",
+    "table hit",
+    "hybrid, table hit",
+    "hybrid, head hit",
+    "log on, table hit",
+    "everything on, dynamic",
+    "everything on, table hit",
+)
 
 
 class _Loop:
@@ -79,13 +88,19 @@ class Bench:
         bundle = read_bundle(packed.bundle)
         loop = _Loop()
         stats = Stats()
-        dynamic = "dynamic" in way
-        options = LogOptions(inputs="hashed", outputs=True)
-        log = PredictionLog(folder / way.replace(" ", "-"), options) if "everything" in way else None
+        learned = "head" in way
+        modelled = learned or "dynamic" in way
+        mode = "hybrid" if "hybrid" in way else "dynamic" if modelled else "static"
+        log = None
+        if "on, " in way:
+            options = LogOptions(inputs="hashed", outputs=True) if "everything" in way else LogOptions()
+            log = PredictionLog(folder / way.replace(" ", "-"), options)
         self._monitor = Monitor(log, interval_s=1e6)
         backend = InlineBackend(Session(bundle))
         batcher = Batcher(bundle.contract, [backend], loop, longest_s=1.0, observe=stats.batch)
-        mode = "dynamic" if dynamic else "static"
+        self._head: Head | None = None
+        if learned:
+            self._head = Head(most_rows=len(packed.rows), most_bytes=1 << 30, clock=time.monotonic)
         recorder = self._monitor.recorder("eta", "1", mode, bundle.digest, rows=1 << 20)
         recorder.bytes_limit = 1 << 30
         served = ServedVersion(
@@ -94,8 +109,9 @@ class Bench:
             bundle.contract,
             bundle.digest,
             mode=cast(Any, mode),
-            table=None if dynamic else open_table(packed.table),
-            batcher=batcher if dynamic else None,
+            table=None if modelled else open_table(packed.table),
+            batcher=batcher if modelled else None,
+            head=self._head,
             deadline_s=30.0,
             stats=stats,
             recorder=recorder,
@@ -117,6 +133,9 @@ class Bench:
         self._check(packed)
 
     def _check(self, packed: models.Packed) -> None:
+        if self._head is not None:
+            # All of it is held from now on.
+            self.ask(len(self._requests))
         self.ask(len(self._receivers))
         for i in (0, len(self._requests) - 1):
             self._receivers[0](self._requests[i])
@@ -144,9 +163,11 @@ class Bench:
         return seconds
 
     def drain(self) -> float:
-        """CPU seconds to take out and write what was noted."""
+        """CPU seconds to take out and write what was noted, and for the head to learn of it."""
         started = time.process_time()
         self._monitor.drain()
+        if self._head is not None:
+            self._head.settle()
         return time.process_time() - started
 
     def close(self) -> None:
@@ -163,10 +184,11 @@ def main() -> None:
         "--requests", type=int, default=3840, help="in a round; with 4096 and more notes are taken out early"
     )
     parser.add_argument("--connections", type=int, default=64)
+    parser.add_argument("--rows", type=int, default=_ROWS, help="different ones, sent in turn")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="parbake-path-") as temporary:
         folder = Path(temporary)
-        packed = models.logistic_regression(folder / "logistic", _ROWS)
+        packed = models.logistic_regression(folder / "logistic", options.rows)
         benches = {way: Bench(packed, way, folder, options.connections) for way in options.ways}
         settle_memory()
         found: dict[str, list[tuple[float, float]]] = {way: [] for way in benches}

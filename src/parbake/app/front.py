@@ -100,6 +100,8 @@ _WANT_S: Final = 300.0
 
 _STEP: Final = 1000
 """Keys that are handled at once."""
+_SETTLE: Final = 4096
+"""Requests that a head takes in at once: within a millisecond."""
 
 _FRESHNESS_MARGIN: Final = 0.1
 """Part of the freshness at whose end a record counts as stale already: nobody looks at the clock for each request."""
@@ -504,7 +506,7 @@ class Front:
                     continue
                 try:
                     # In steps, so that requests are answered in between.
-                    while head.expire(_STEP) == _STEP or head.settle(_STEP):
+                    while head.expire(_STEP) == _STEP or head.settle(_SETTLE):
                         await asyncio.sleep(0)
                 except Exception:
                     log().exception("head.not_tended", deployment=slot.entry.name)

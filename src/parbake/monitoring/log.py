@@ -53,6 +53,9 @@ _CLOCK_BACK_US: Final = 1_000_000
 
 _READ_ROWS: Final = 16 * 1024
 
+_MOST_NAMES: Final = 4096
+"""Names of deployments, versions and so on for which a column is kept."""
+
 _KNOWN_BYTES: Final = 16 * 1024 * 1024
 """What remembered hashes of one deployment may take."""
 _KNOWN_OVERHEAD: Final = 200
@@ -81,6 +84,8 @@ class PredictionLog:
         self._draw = np.random.default_rng()
         self._secret = _secret(folder) if options.inputs == "hashed" else b""
         self._secrets: dict[str, _Hidden] = {}
+        self._constants = _Constants()
+        self._where_names = pa.array(NAMES, pa.string())
         self._warm_up()
         self._tidy()
 
@@ -168,7 +173,7 @@ class PredictionLog:
     def _rows(self, recorder: Recorder, rows: Rows) -> pa.RecordBatch:
         count = len(rows)
         where = np.frombuffer(rows.where, np.uint8)
-        has_key = np.ones(count, np.bool_)
+        has_key: npt.NDArray[np.bool_] | None = None
         joined = rows.joined
         if len(joined) != count * KEY_BYTES:
             has_key = np.fromiter((len(key) == KEY_BYTES for key in rows.keys), np.bool_, count)
@@ -179,14 +184,13 @@ class PredictionLog:
         status = np.zeros(count, np.int32)
         for i in np.flatnonzero(where == REFUSED):
             status[i] = codes.setdefault(str(rows.extras[i]), len(codes))
+        extras, records = rows.extras, rows.records
+        times, seconds = np.frombuffer(rows.times), np.frombuffer(rows.seconds)
         chosen: npt.NDArray[np.intp] | None = None
         if self.options.rate < 1:
             chosen = np.flatnonzero(self._sampled(matrix, has_key))
-            matrix, has_key, where, status = matrix[chosen], has_key[chosen], where[chosen], status[chosen]
-        keys, extras, records = rows.keys, rows.extras, rows.records
-        times, seconds = np.frombuffer(rows.times), np.frombuffer(rows.seconds)
-        if chosen is not None:
-            keys = [keys[i] for i in chosen]
+            matrix, where, status = matrix[chosen], where[chosen], status[chosen]
+            has_key = None if has_key is None else has_key[chosen]
             extras, records = [extras[i] for i in chosen], [records[i] for i in chosen]
             times, seconds = times[chosen], seconds[chosen]
         kept = len(where)
@@ -195,29 +199,36 @@ class PredictionLog:
             inputs = [None if isinstance(one, str) else one for one in extras]
         hidden = self._hidden(recorder.deployment) if self.options.inputs == "hashed" else None
         if hidden is not None:
+            keys = rows.keys
+            if chosen is not None:
+                keys = [keys[i] for i in chosen]
             matrix = np.frombuffer(b"".join(hidden.of(keys)), np.uint8).reshape(-1, KEY_BYTES)
-        first = pa.array(np.zeros(kept, np.int32))
         moments = pa.py_buffer((times * 1e6).astype(np.int64))
+        same = self._constants.names
         columns = [
             pa.Array.from_buffers(SCHEMA.field("time").type, kept, [None, moments]),
             *(
-                _named(first, (value,))
+                same(value, kept)
                 for value in (recorder.deployment, recorder.version, recorder.mode, recorder.digest)
             ),
             _fixed(matrix, has_key),
-            _named(pa.array(where.astype(np.int32)), NAMES),
+            pa.DictionaryArray.from_arrays(pa.array(where.astype(np.int32)), self._where_names),
             pa.array((seconds * 1e3).astype(np.float32)),
-            _named(pa.array(status) if len(codes) > 1 else first, tuple(codes)),
-            pa.nulls(kept, SCHEMA.field("inputs").type) if inputs is None else _lists(inputs, hidden),
-            _binaries(records) if self.options.outputs else pa.nulls(kept, pa.binary()),
+            same(OK, kept)
+            if len(codes) == 1
+            else pa.DictionaryArray.from_arrays(pa.array(status), pa.array(tuple(codes), pa.string())),
+            self._constants.nulls("inputs", kept) if inputs is None else _lists(inputs, hidden),
+            _binaries(records) if self.options.outputs else self._constants.nulls("outputs", kept),
         ]
         return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
 
     def _sampled(
-        self, matrix: npt.NDArray[np.uint8], has_key: npt.NDArray[np.bool_]
+        self, matrix: npt.NDArray[np.uint8], has_key: npt.NDArray[np.bool_] | None
     ) -> npt.NDArray[np.bool_]:
         heads = np.ascontiguousarray(matrix[:, :8]).view(">u8").reshape(-1)
         kept: npt.NDArray[np.bool_] = heads < np.uint64(int(self.options.rate * 2**64))
+        if has_key is None:
+            return kept
         # What has no key is refused anyway: it is drawn at the same rate, so that shares stay right.
         return np.where(has_key, kept, self._draw.random(len(kept)) < self.options.rate)
 
@@ -264,6 +275,41 @@ class PredictionLog:
                 total -= file.bytes
                 left -= 1
         self._counts = replace(self._counts, files=left, bytes=total)
+
+
+class _Constants:
+    """Columns in which all rows are the same: cut from longer ones, as it takes long to make each anew."""
+
+    def __init__(self) -> None:
+        self._rows = 0
+        self._named: dict[str, Any] = {}
+        self._nulls: dict[str, Any] = {}
+
+    def names(self, name: str, rows: int) -> Any:
+        """So many times the same name."""
+        self._grow(rows)
+        found = self._named.get(name)
+        if found is None:
+            if len(self._named) >= _MOST_NAMES:
+                self._named.clear()
+            found = pa.DictionaryArray.from_arrays(self._first, pa.array((name,), pa.string()))
+            self._named[name] = found
+        return found.slice(0, rows)
+
+    def nulls(self, column: str, rows: int) -> Any:
+        """So many nulls of a column of `SCHEMA`."""
+        self._grow(rows)
+        found = self._nulls.get(column)
+        if found is None:
+            found = self._nulls[column] = pa.nulls(self._rows, SCHEMA.field(column).type)
+        return found.slice(0, rows)
+
+    def _grow(self, rows: int) -> None:
+        if rows > self._rows:
+            self._rows = 1 << rows.bit_length()
+            self._first = pa.array(np.zeros(self._rows, np.int32))
+            self._named.clear()
+            self._nulls.clear()
 
 
 class _Hidden:
@@ -447,10 +493,6 @@ def _stamp_us(file: LogFile) -> int:
     return int(parsed.timestamp() * 1e6) - 1
 
 
-def _named(indices: pa.Int32Array, names: Sequence[str]) -> pa.DictionaryArray:
-    return pa.DictionaryArray.from_arrays(indices, pa.array(names, pa.string()))
-
-
 def _times_us(column: pa.Array) -> npt.NDArray[np.int64]:
     """An Arrow array of times, without nulls, as numbers of microseconds."""
     return np.frombuffer(column.buffers()[1], np.int64, len(column), 8 * column.offset)
@@ -487,9 +529,10 @@ def _offsets(lengths: Iterable[int], count: int) -> Any:
     return pa.array(ends)
 
 
-def _fixed(matrix: npt.NDArray[np.uint8], valid: npt.NDArray[np.bool_]) -> Any:
-    mask = None if valid.all() else pa.py_buffer(np.packbits(valid, bitorder="little").tobytes())
-    data = pa.py_buffer(np.ascontiguousarray(matrix).tobytes())
+def _fixed(matrix: npt.NDArray[np.uint8], valid: npt.NDArray[np.bool_] | None) -> Any:
+    """Rows of bytes as keys; ``valid`` is None where all are."""
+    mask = None if valid is None else pa.py_buffer(np.packbits(valid, bitorder="little").tobytes())
+    data = pa.py_buffer(np.ascontiguousarray(matrix))
     return pa.Array.from_buffers(pa.binary(KEY_BYTES), len(matrix), [mask, data])
 
 

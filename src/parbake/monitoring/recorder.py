@@ -3,8 +3,7 @@
 One recorder belongs to one served version in one front. The event loop's thread adds, one background thread
 drains; nothing is locked. A row is six items in a flat list, so that a full ring gives the garbage collector
 no objects to walk: ``key, where, seconds, raws, record, time``. For `REFUSED` the code stands in place of raws.
-Rows that are answered together are noted together, as lists that are kept as they are: what is in them is looked at
-when they are taken out.
+Rows that are answered together are noted together: their keys and times as one piece of bytes each, the rest as it is.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from typing import Any, Final, TypeAlias
 
 import numpy as np
 
+from parbake.contract.key import KEY_BYTES
 from parbake.contract.where import REFUSED
 
 WIDTH: Final = 6
@@ -29,10 +29,10 @@ WIDTH: Final = 6
 class Rows:
     """Rows taken out of a recorder: one list per column, all of the same length."""
 
-    keys: list[bytes]
-    """16 bytes each; empty where a request was refused before it had a key."""
     joined: bytes
-    """All keys, one after another."""
+    """All keys, one after another: of 16 bytes each but for the first `odd` of them."""
+    odd: list[bytes]
+    """The first keys; empty where a request was refused before it had a key."""
     where: bytes
     """A code of `parbake.contract.where` each."""
     seconds: array[float]
@@ -42,8 +42,14 @@ class Rows:
     times: array[float]
     """Unix time in seconds."""
 
+    @property
+    def keys(self) -> list[bytes]:
+        """The keys in a list, which is made anew: `joined` is there already."""
+        rest = range(sum(map(len, self.odd)), len(self.joined), KEY_BYTES)
+        return [*self.odd, *(self.joined[at : at + KEY_BYTES] for at in rest)]
+
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self.where)
 
 
 class Recorder:
@@ -55,7 +61,7 @@ class Recorder:
 
     __slots__ = (
         "_drained", "_late", "_late_from", "_noted", "_turns", "bytes_limit", "deployment", "digest", "dropped", "keys",
-        "limit", "mode", "note_key",        "rows", "version", "waiting", "wants_inputs", "wants_outputs",
+        "limit", "mode", "note_key", "note_keys", "rows", "version", "waiting", "wants_inputs", "wants_outputs",
     )  # fmt: skip
 
     def __init__(
@@ -86,6 +92,8 @@ class Recorder:
         self.keys: list[bytes] = []
         self.note_key: Callable[[bytes], None] | None = self.keys.append if keys_only else None
         """Where only keys are wanted (the profile, no log) this is all that a row costs: call it in place of `note`."""
+        self.note_keys: Callable[[list[bytes]], None] | None = self.keys.extend if keys_only else None
+        """`note_key` for several at once."""
         self._turns: list[_Turn] = []
         # Rows in `_turns` so far; each number is written by one thread only.
         self._noted = self._drained = 0
@@ -123,7 +131,7 @@ class Recorder:
         raws: Sequence[Sequence[bytes]] | None = None,
         records: Sequence[bytes] | None = None,
     ) -> None:
-        """Rows that were answered at about the same moment: their keys, and how long each took. The lists are kept.
+        """Rows that were answered at about the same moment: their keys, and how long each took.
 
         ``raws`` and ``records`` are as for `note`, one for each row, where they are wanted; all rows are of one size.
         """
@@ -139,7 +147,9 @@ class Recorder:
                 self.dropped += count
                 return
             self.waiting += size * count
-        self._turns.append((where, time(), keys, seconds, raws, records))
+        # Joined now, as they have just been in use: later each of them may have to be fetched from memory.
+        joined, packed = b"".join(keys), struct.pack(f"{count}d", *seconds)
+        self._turns.append((where, time(), count, joined, packed, raws, records))
         self._noted += count
 
     @property
@@ -194,29 +204,35 @@ class Recorder:
         keys, where, seconds, extras, records, times = (
             late[column::WIDTH] + taken[column:end:WIDTH] for column in range(WIDTH)
         )
-        places, moments = bytes(where), array("d", times)
+        joined, places = b"".join(keys), bytes(where)
+        took, moments = _floats(seconds), array("d", times)
         if turns:
-            some_places, some_moments, some_keys, some_seconds, some_raws, some_records = zip(
+            some_places, some_moments, counts, some_keys, some_seconds, some_raws, some_records = zip(
                 *turns, strict=True
             )
-            counts = [len(some) for some in some_keys]
-            keys += chain.from_iterable(some_keys)
-            seconds += chain.from_iterable(some_seconds)
-            extras += chain.from_iterable(map(_or_none, some_raws, counts))
-            records += chain.from_iterable(map(_or_none, some_records, counts))
+            joined += b"".join(some_keys)
+            took.frombytes(b"".join(some_seconds))
+            extras += _or_none(some_raws, counts)
+            records += _or_none(some_records, counts)
             places += np.repeat(np.array(some_places, np.uint8), counts).tobytes()
             moments.frombytes(np.repeat(np.array(some_moments), counts).tobytes())
             self._drained += sum(counts)
-        return Rows(keys, b"".join(keys), places, _floats(seconds), extras, records, moments)
+        return Rows(joined, keys, places, took, extras, records, moments)
 
 
 _Turn: TypeAlias = tuple[
-    int, float, list[bytes], list[float], Sequence[Sequence[bytes]] | None, Sequence[bytes] | None
+    int, float, int, bytes, bytes, Sequence[Sequence[bytes]] | None, Sequence[bytes] | None
 ]
 
 
-def _or_none(column: Sequence[Any] | None, count: int) -> Iterable[Any]:
-    return repeat(None, count) if column is None else column
+def _or_none(columns: Sequence[Sequence[Any] | None], counts: Sequence[int]) -> Iterable[Any]:
+    """What there is of some turns, one after another; None for each row of those without."""
+    if not any(columns):
+        return [None] * sum(counts)
+    return chain.from_iterable(
+        repeat(None, count) if column is None else column
+        for column, count in zip(columns, counts, strict=True)
+    )
 
 
 def _floats(values: list[float]) -> array[float]:

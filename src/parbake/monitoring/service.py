@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from parbake.monitoring.log import PredictionLog
 
 _LOOK_S: Final = 0.1
-_EARLY_ROWS: Final = 4096
-"""Rows in a recorder that are taken out before they are due: the more at once, the longer the event loop is held up."""
+_EARLY_ROWS: Final = 16384
+"""Rows in a recorder that are taken out before they are due: the more at once, the longer the event loop is held up,
+the fewer, the more often it has to share with the other thread."""
 
 
 class Monitor:

@@ -29,6 +29,8 @@ class Recorder(Protocol):
 
     note_key: Callable[[bytes], None] | None
     """Where it is set only keys are wanted, by this way."""
+    note_keys: Callable[[list[bytes]], None] | None
+    """The same for several at once."""
 
     @property
     def wants_inputs(self) -> bool:
@@ -51,7 +53,7 @@ class Recorder(Protocol):
         raws: Sequence[Sequence[bytes]] | None = None,
         records: Sequence[bytes] | None = None,
     ) -> None:
-        """Rows of one size that were answered at about the same moment; what is given is kept and not to be changed."""
+        """Rows of one size that were answered at about the same moment; ``raws`` and ``records`` are kept."""
 
     def refused(self, code: str, seconds: float, key: bytes = b"") -> None:
         """A request was answered with an error."""

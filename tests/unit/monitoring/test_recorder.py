@@ -60,15 +60,17 @@ def test_rows_come_out_as_columns_in_the_order_of_arrival() -> None:
 def test_rows_noted_together_come_out_as_rows() -> None:
     ring = recorder()
     ring.note(KEY, HEAD, 0.5, None, None)
+    ring.refused("overloaded", 2.0)
     ring.note_turn(TABLE, [KEY, bytes(16)], [0.25, 0.125])
     ring.note_turn(MODEL, [KEY], [1.0])
     rows = ring.drain()
     assert rows is not None
-    assert (len(rows), rows.joined) == (4, KEY + KEY + bytes(16) + KEY)
-    assert list(rows.where) == [HEAD, TABLE, TABLE, MODEL]
-    assert list(rows.seconds) == [0.5, 0.25, 0.125, 1.0]
-    assert len(rows.times) == len(rows.extras) == len(rows.records) == 4
-    assert rows.times[1] == rows.times[2]
+    assert (len(rows), rows.joined) == (5, KEY + KEY + bytes(16) + KEY)
+    assert rows.keys == [KEY, b"", KEY, bytes(16), KEY]
+    assert list(rows.where) == [HEAD, REFUSED, TABLE, TABLE, MODEL]
+    assert list(rows.seconds) == [0.5, 2.0, 0.25, 0.125, 1.0]
+    assert len(rows.times) == len(rows.extras) == len(rows.records) == 5
+    assert rows.times[2] == rows.times[3]
     assert ring.drain() is None
     assert ring.backlog == 0
 

@@ -97,6 +97,60 @@ def test_the_budget_holds_and_answers_are_what_was_stored(
         assert (head.bytes == 0) == (head.rows == 0)
 
 
+@given(
+    stored=st.lists(st.integers(0, 40), min_size=1, max_size=60),
+    turns=st.lists(st.lists(st.integers(0, 50), max_size=300), max_size=4),
+    rows=st.integers(1, 20),
+)
+def test_requests_taken_in_many_at_once_count_as_those_taken_in_one_by_one(
+    stored: list[int], turns: list[list[int]], rows: int
+) -> None:
+    at_once, one_by_one = make(rows), make(rows)
+    for head in (at_once, one_by_one):
+        for number in stored:
+            head.store(key(number), row(), b"answer")
+    for asked in turns:
+        # Some of the keys were never heard of.
+        for head, most in ((at_once, None), (one_by_one, 1)):
+            head.all_asked([key(number) for number in asked])
+            while head.settle(most):
+                pass
+        assert_same(at_once, one_by_one)
+    # What was learned of them shows after the next census.
+    for number in range(1000, 1600):
+        for head in (at_once, one_by_one):
+            head.store(key(number), row(), b"answer")
+    assert_same(at_once, one_by_one)
+
+
+def assert_same(one: Head, other: Head) -> None:
+    (places, hazards), (other_places, other_hazards) = one.hazards(), other.hazards()
+    assert places.tolist() == other_places.tolist()
+    assert hazards.tolist() == other_hazards.tolist()
+
+
+def test_a_key_that_was_asked_for_more_often_than_sixteen_bits_can_count_is_no_cold_one() -> None:
+    head = make()
+    for number in (1, 2):
+        head.store(key(number), row(), b"answer")
+    for _ in range(70):
+        head.all_asked([key(1)] * 1000)
+        head.settle()
+    head.all_asked([key(2)])
+    head.all_asked([key(9)] * 100_000)
+    assert hottest_of(head)[0][0] == key(1)
+
+
+def test_a_key_of_its_own_is_the_very_one_that_is_held() -> None:
+    head = make()
+    head.store(key(1), row(), b"answer")
+    assert head.own(key(1)) is head.held()[0]
+    # Baked anew from a request that has another object with the same bytes.
+    head.store(key(1), row(), b"other")
+    assert head.own(key(1)) is head.held()[0]
+    assert head.own(key(2)) == key(2)
+
+
 def hottest_of(head: Head) -> list[tuple[bytes, Row]]:
     """What is held, the likeliest to be asked for first."""
     head.settle()

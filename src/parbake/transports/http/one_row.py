@@ -7,7 +7,7 @@ which answers it or says what is wrong.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from time import perf_counter
 from typing import Final, cast
@@ -49,10 +49,15 @@ class OneRowEndpoint(PredictionEndpoint):
         self._is_row = codec.binary_row
         self._learn_binary = codec.learn_binary
         self._get = served.get
+        self._head = served.head
+        self._asked: Callable[[list[bytes]], None] | None = None
+        """Notes the keys that the head answered, those of a turn in one go."""
+        if self._head is not None and self._head.below is None:
+            self._get, self._asked = self._head.find, self._head.all_asked
         self._flights = served.flights
         self._recorder = served.recorder
         self._note_key = served.recorder.note_key if served.recorder is not None else None
-        self._logs = served.recorder is not None and self._note_key is None
+        self._note_keys = served.recorder.note_keys if served.recorder is not None else None
         self._baked_in = (
             None if served.head is not None and served.table is not None else served.where_baked(b"")
         )
@@ -107,6 +112,8 @@ class OneRowEndpoint(PredictionEndpoint):
                 self._answer(exchange, reply, parsed, key, record, raw)
                 if not request_id:
                     kept = raw if self._keeps_inputs else b""
+                    if self._head is not None:
+                        key = self._head.own(key)
                     self._memo.offer(self._replies, body, (key, record, reply, kept))
                 return
         self._compute(exchange, raw, key, parsed, request_id, b"")
@@ -209,9 +216,8 @@ class OneRowEndpoint(PredictionEndpoint):
         baked, self._baked = self._baked, []
         answered = self._log
         begin = len(answered)
-        note_key = self._note_key
         gone: list[Exchange] = []
-        for exchange, reply, parsed, key, _, _ in baked:
+        for exchange, reply, parsed, _, _, _ in baked:
             try:
                 exchange.protocol.send(exchange, reply)
             except Exception:
@@ -223,13 +229,16 @@ class OneRowEndpoint(PredictionEndpoint):
             arrived = exchange.arrived
             total_s = perf_counter() - arrived
             answered += (parsed - arrived, 0.0, 0.0, total_s, 1, 1)
-            if note_key is not None:
-                note_key(key)
-        if self._logs and self._recorder is not None:
-            if gone:
-                baked = [item for item in baked if item[0] not in gone]
+        if gone:
+            baked = [item for item in baked if item[0] not in gone]
+        keys = [item[3] for item in baked]
+        if self._asked is not None:
+            self._asked(keys)
+        if self._note_keys is not None:
+            self._note_keys(keys)
+        elif self._recorder is not None:
             # The times of all are in what was just counted.
-            self._note_baked(self._recorder, baked, answered[begin + 3 :: 6])
+            self._note_baked(self._recorder, baked, keys, answered[begin + 3 :: 6])
         if len(answered) >= FOLD_AT:
             self._settle()
 
@@ -237,9 +246,9 @@ class OneRowEndpoint(PredictionEndpoint):
         self,
         recorder: Recorder,
         baked: list[tuple[Exchange, bytes, float, bytes, bytes, bytes]],
+        keys: list[bytes],
         seconds: list[float],
     ) -> None:
-        keys = [item[3] for item in baked]
         records = [item[4] for item in baked] if self._keeps_outputs else None
         raws = [(item[5],) for item in baked] if self._keeps_inputs else None
         if self._baked_in is not None:
