@@ -26,9 +26,10 @@ import numpy.typing as npt
 
 from bench.load import Load as Requests
 from bench.load import put
-from bench.machine import LOOKS, MOST_STOLEN, busy_s, this_machine, undisturbed
+from bench.machine import this_machine
 from bench.network import packed_network, row_body, rows_of
 from bench.processes import cpu_seconds, peer, with_descendants
+from bench.quiet import LOOKS, MOST_STOLEN, Quiet, Stolen, busy_s
 from bench.report import Section, Table, at_most
 from bench.samples import rows_and_hits
 from parbake.advisor.model import Costs, Load
@@ -120,7 +121,7 @@ def _run(
         models, traces = models[:1], traces[:1]
     measured: dict[str, Costs] = {}
     clients_s: list[float] = []
-    again = 0
+    quiet = Quiet()
     for what, layers, longer in models:
         say(f"{what}: packing")
         rows = rows_of(max(int(keys.max()) + 1 for _, keys in traces))
@@ -167,8 +168,7 @@ def _run(
                         longer * seconds,
                         warm_up_s=_WARM_UP_S,
                     )
-                    look, disturbed = undisturbed(partial(_observe, bundle, words, load, pace))
-                    again += disturbed
+                    look = quiet.look(partial(_observe, bundle, words, load, pace))
                     quickness = float(np.mean(look.paces)) / costs.pace
                     predicted = _predict(
                         costs, look, _Ways(way, order, head_rows), longer * seconds, client_s
@@ -177,7 +177,7 @@ def _run(
         for (trace, way), looks in found.items():
             foretold, seen, quick_then = zip(*looks, strict=True)
             cases.append(Case(what, trace, way, foretold, seen, quick_then))
-    return _section(cases, sizes, measured, median(clients_s), seconds, rounds, generated, again)
+    return _section(cases, sizes, measured, median(clients_s), seconds, rounds, generated, quiet.again)
 
 
 def _client_s(port: int, body: bytes, usual: float, pace: Pace) -> float:
@@ -198,25 +198,27 @@ class _Look:
     """Of the machine, in parts of `_PACE_S`."""
 
 
-def _observe(bundle: StoredBundle, words: list[str], load: Requests, pace: Pace) -> _Look:
-    """Put a server under load, from its start."""
+def _observe(bundle: StoredBundle, words: list[str], load: Requests, pace: Pace) -> tuple[_Look, float]:
+    """Put a server under load, from its start; gives the share of CPU time that was stolen too."""
     with serving(bundle.path, arguments=words) as server:
         pids = with_descendants(server.process.pid)
         (busy, stolen), own = busy_s(), cpu_seconds(pids)
-        started = time.monotonic()
+        started, theft = time.monotonic(), Stolen()
         seen = put(msgspec.structs.replace(load, port=server.port))
         passed = time.monotonic() - started
         paces = pace.parts(started + passed - load.seconds - load.warm_up_s, started + passed, _PACE_S)
         busy, stolen = (now - before for now, before in zip(busy_s(), (busy, stolen), strict=True))
+        share = theft.share()
         ours = cpu_seconds(pids) - own + seen.busy * (seen.seconds + _WARM_UP_S) + _CLIENT_START_S
         if seen.failed or seen.unknown:
             raise RuntimeError(f"{' '.join(words)}: {seen.failed} failures; first: {seen.complaint}")
         rows, hits = rows_and_hits(server.url)
-        return _Look(
+        look = _Look(
             Seen(seen.requests_per_s, seen.p50_ms, seen.p99_ms, hits / rows if rows else 0.0),
             max(busy + stolen - ours, 0.0) / passed,
             paces,
         )
+        return look, share
 
 
 def _predict(costs: Costs, look: _Look, ways: _Ways, seconds: float, client_s: float) -> Seen:

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import cycle
 from typing import Any, Final, TypeAlias
@@ -39,9 +39,11 @@ class Load(Struct, frozen=True):
     order: tuple[int, ...]
     connections: int
     seconds: float
-    """Length of the measured window."""
+    """Length of the measured window, at most."""
     once: bool = False
-    """Whether the window ends with the order, if that comes first."""
+    """Whether the window ends when all of the order has been sent."""
+    mark: int = 0
+    """Number of a request; the time is noted at which it is sent."""
     warm_up_s: float = 0.5
     """Time under the same load before the window begins; its answers are checked too."""
     expected: tuple[Outputs, ...] = ()
@@ -68,6 +70,8 @@ class Measured(Struct, frozen=True):
     """404 because the row is not in the prediction table."""
     failed: int = 0
     """Anything else."""
+    marked_s: float = 0.0
+    """From the beginning of the window until the request was sent that was to be marked; 0 where it was not."""
     complaint: str = ""
     """The first wrong or failed reply, in words."""
     bodies_answered: tuple[int, ...] = ()
@@ -124,9 +128,10 @@ def run_apart(module: str, load: Struct, seconds: float) -> Measured:
 class ClosedLoop:
     """What all connections of one load share: what is to be sent next, and what came of it."""
 
-    def __init__(self, order: Iterable[int], bodies: int, *, once: bool = False) -> None:
+    def __init__(self, order: Iterable[int], bodies: int, *, once: bool = False, mark: int = 0) -> None:
         self._over = asyncio.Event()
-        self._order: Iterator[int] = _through(order, self._over) if once else cycle(order)
+        self._mark, self._marked = mark, 0.0
+        self._order: Iterator[int] = self._through(tuple(order)) if once else cycle(order)
         self._seen: list[bytes | None] = [None] * bodies
         """The last reply to each body that was in order: the same bytes need no second look."""
         self.latencies: list[float] = []
@@ -134,6 +139,15 @@ class ClosedLoop:
         self.stopping = False
         self.right = self.wrong = self.failed = self.unknown = 0
         self.complaint = ""
+
+    def _through(self, order: Sequence[int]) -> Iterator[int]:
+        for at, number in enumerate(order):
+            if at == self._mark:
+                self._marked = time.perf_counter()
+            yield number
+        self._over.set()
+        # What is answered before that is seen asks for one more.
+        yield from cycle(order)
 
     def fail(self, words: str) -> None:
         """Count a request that got no reply."""
@@ -144,7 +158,7 @@ class ClosedLoop:
         self.complaint = self.complaint or words
 
     async def measure(self, warm_up_s: float, seconds: float) -> Measured:
-        """Look on for so long, or until SIGTERM or the order's end, and wait for the last replies.
+        """Look on for so long, or until SIGTERM or the order's end; then wait for the last replies.
 
         Connections have been made.
         """
@@ -174,6 +188,7 @@ class ClosedLoop:
             wrong=self.wrong,
             unknown=self.unknown,
             failed=self.failed,
+            marked_s=max(self._marked - started, 0.0),
             complaint=self.complaint,
         )
 
@@ -188,7 +203,7 @@ class _Run(ClosedLoop):
             f"{head}content-length: {len(body)}\r\n\r\n".encode() + body for body in load.bodies
         ]
         self._expected = load.expected
-        super().__init__(load.order, len(load.bodies), once=load.once)
+        super().__init__(load.order, len(load.bodies), once=load.once, mark=load.mark)
         self.heads: dict[bytes, tuple[int, int]] = {}
         self.bodies_answered: set[int] = set()
         self.bodies_unknown: set[int] = set()
@@ -287,14 +302,6 @@ class _Connection(asyncio.Protocol):
         self._run.lost += 1
         if self._number >= 0:
             self._run.fail(f"body {self._number}: the connection was closed before the reply ({exc})")
-
-
-def _through(order: Iterable[int], over: asyncio.Event) -> Iterator[int]:
-    """An order that tells when all of it has been taken; there is more of it all the same, for the last replies."""
-    order = tuple(order)
-    yield from order
-    over.set()
-    yield from cycle(order)
 
 
 def _read_head(head: bytes) -> tuple[int, int]:

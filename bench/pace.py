@@ -18,8 +18,8 @@ from typing import Final
 import numpy as np
 
 from bench.load import Load, pouring
-from bench.machine import busy_s
 from bench.network import packed_network, row_body, rows_of
+from bench.quiet import busy_s
 from bench.samples import rows_and_hits
 from parbake.app.measure import examples_of, quick_table
 from parbake.cli.output import emit, emit_table

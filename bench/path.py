@@ -134,7 +134,7 @@ class Bench:
 
     def _check(self, packed: models.Packed) -> None:
         if self._head is not None:
-            # All of it is held from now on.
+            # Held from now on: all rows but those that do not fill a turn.
             self.ask(len(self._requests))
         self.ask(len(self._receivers))
         for i in (0, len(self._requests) - 1):
@@ -181,7 +181,7 @@ def main() -> None:
     parser.add_argument("ways", nargs="*", default=WAYS, help=f"of: {', '.join(WAYS)}  [default: all]")
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument(
-        "--requests", type=int, default=3840, help="in a round; with 4096 and more notes are taken out early"
+        "--requests", type=int, default=3840, help="in a round; with 16384 and more notes are taken out early"
     )
     parser.add_argument("--connections", type=int, default=64)
     parser.add_argument("--rows", type=int, default=_ROWS, help="different ones, sent in turn")

@@ -38,12 +38,13 @@ def cpu(sample: Sample) -> float:
     return sample.cpu_us
 
 
-def counted(url: str, *names: str) -> list[float]:
-    """Counters of the server at a URL, each summed over its labels."""
+def counted(url: str, *names: str, label: str = "") -> list[float]:
+    """Counters of the server at a URL, each summed over its labels, or over those series that have ``label``."""
     with urllib.request.urlopen(f"{url}/metrics", timeout=10) as reply:
         lines = reply.read().decode().splitlines()
     return [
-        sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name + "{")) for name in names
+        sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name + "{") and label in line)
+        for name in names
     ]
 
 
@@ -51,3 +52,8 @@ def rows_and_hits(url: str) -> tuple[float, float]:
     """Rows answered so far by the server at a URL, and those of them without the model."""
     rows, hits = counted(url, "parbake_rows_total", "parbake_table_hits_total")
     return rows, hits
+
+
+def rows_warmed(url: str) -> float:
+    """Rows that the server at a URL has baked without anybody waiting for them."""
+    return counted(url, "parbake_head_changes_total", label='"warmed"')[0]

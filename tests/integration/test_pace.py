@@ -6,11 +6,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
+from parbake.app import measure as module
+from parbake.app.measure import measure
+from parbake.contract.bundle import StoredBundle
 from parbake.runtime.pace import Pace
 
 _HOLDER = """
@@ -101,3 +106,23 @@ def test_where_it_cannot_be_seen_the_pace_is_1_and_one_that_ends_is_noticed(
         assert not pace.seen
         assert pace.whole
         assert pace.of([(0.0, 1.0), (1.0, 2.0)]).tolist() == np.ones(2).tolist()
+
+
+class _Quick(Pace):
+    """A machine that does a million pieces of work in a second, all the time."""
+
+    def of(self, spans: Sequence[tuple[float, float]]) -> npt.NDArray[np.float64]:
+        return np.full(len(spans), 1e6)
+
+
+def test_what_was_measured_is_told_at_the_mean_pace(
+    monkeypatch: pytest.MonkeyPatch, doubler_bundle: StoredBundle
+) -> None:
+    monkeypatch.setattr(module, "Pace", _Quick)
+
+    costs = measure(doubler_bundle, connections=4, deadline_s=1.0)
+
+    assert (costs.pace, costs.unsteady) == (1e6, 0.0)
+    # Microseconds each, and not a million times that.
+    assert 0 < costs.model.one_s < 0.1
+    assert 0 < costs.front.hit_s < 0.1

@@ -176,8 +176,9 @@ class PredictionLog:
         has_key: npt.NDArray[np.bool_] | None = None
         joined = rows.joined
         if len(joined) != count * KEY_BYTES:
-            has_key = np.fromiter((len(key) == KEY_BYTES for key in rows.keys), np.bool_, count)
-            joined = b"".join(key if len(key) == KEY_BYTES else bytes(KEY_BYTES) for key in rows.keys)
+            all_keys = rows.keys()
+            has_key = np.fromiter((len(key) == KEY_BYTES for key in all_keys), np.bool_, count)
+            joined = b"".join(key if len(key) == KEY_BYTES else bytes(KEY_BYTES) for key in all_keys)
         matrix = np.frombuffer(joined, np.uint8).reshape(count, KEY_BYTES)
         # The codes of errors, in the order in which they are met; a row that was answered has the first.
         codes: dict[str, int] = {OK: 0}
@@ -199,7 +200,7 @@ class PredictionLog:
             inputs = [None if isinstance(one, str) else one for one in extras]
         hidden = self._hidden(recorder.deployment) if self.options.inputs == "hashed" else None
         if hidden is not None:
-            keys = rows.keys
+            keys = rows.keys()
             if chosen is not None:
                 keys = [keys[i] for i in chosen]
             matrix = np.frombuffer(b"".join(hidden.of(keys)), np.uint8).reshape(-1, KEY_BYTES)
@@ -282,6 +283,7 @@ class _Constants:
 
     def __init__(self) -> None:
         self._rows = 0
+        self._first = pa.array(np.zeros(0, np.int32))
         self._named: dict[str, Any] = {}
         self._nulls: dict[str, Any] = {}
 

@@ -3,7 +3,8 @@
 One recorder belongs to one served version in one front. The event loop's thread adds, one background thread
 drains; nothing is locked. A row is six items in a flat list, so that a full ring gives the garbage collector
 no objects to walk: ``key, where, seconds, raws, record, time``. For `REFUSED` the code stands in place of raws.
-Rows that are answered together are noted together: their keys and times as one piece of bytes each, the rest as it is.
+Rows that are answered together are noted together: their keys, and how long
+each took, as one piece of bytes, the rest as it is.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ WIDTH: Final = 6
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Rows taken out of a recorder: one list per column, all of the same length."""
+    """Rows taken out of a recorder, by columns: first those that were noted one by one."""
 
     joined: bytes
-    """All keys, one after another: of 16 bytes each but for the first `odd` of them."""
-    odd: list[bytes]
-    """The first keys; empty where a request was refused before it had a key."""
+    """All keys, one after another."""
+    single: list[bytes]
+    """Keys of those that were noted one by one; empty where a request was refused before it had a key."""
     where: bytes
     """A code of `parbake.contract.where` each."""
     seconds: array[float]
@@ -42,11 +43,10 @@ class Rows:
     times: array[float]
     """Unix time in seconds."""
 
-    @property
     def keys(self) -> list[bytes]:
-        """The keys in a list, which is made anew: `joined` is there already."""
-        rest = range(sum(map(len, self.odd)), len(self.joined), KEY_BYTES)
-        return [*self.odd, *(self.joined[at : at + KEY_BYTES] for at in rest)]
+        """The keys in a list, which takes longer than `joined`."""
+        rest = range(sum(map(len, self.single)), len(self.joined), KEY_BYTES)
+        return [*self.single, *(self.joined[at : at + KEY_BYTES] for at in rest)]
 
     def __len__(self) -> int:
         return len(self.where)

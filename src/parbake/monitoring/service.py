@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 _LOOK_S: Final = 0.1
 _EARLY_ROWS: Final = 16384
-"""Rows in a recorder that are taken out before they are due: the more at once, the longer the event loop is held up,
-the fewer, the more often it has to share with the other thread."""
+"""Rows in a recorder that are taken out before they are due. The more are taken out at once, the longer the event loop
+is held up; the fewer, the more often the two threads have to take turns."""
 
 
 class Monitor:
@@ -156,7 +156,9 @@ class Monitor:
         keys = rows.joined
         if REFUSED in rows.where:
             # A refused request is not one that a table could have answered.
-            keys = b"".join(key for key, where in zip(rows.keys, rows.where, strict=True) if where != REFUSED)
+            keys = b"".join(
+                key for key, where in zip(rows.keys(), rows.where, strict=True) if where != REFUSED
+            )
         self._count(deployment, keys)
 
     def _count(self, deployment: str, keys: bytes) -> None:

@@ -72,8 +72,9 @@ _STEP: Final = 500
 _SETTLED_AT_ONCE: Final = 1024
 _BULK: Final = 64
 """From so many requests on it is quicker to take them in by columns than one by one."""
-_TURN_BITS: Final = 20
-_TURNS: Final = (1 << _TURN_BITS) - 1
+_ORDER_BITS: Final = 20
+"""Bits behind a place for where in the part it was asked for."""
+_LONGEST_PART: Final = (1 << _ORDER_BITS) - 1
 """At most so many are taken in at once."""
 _LOOKED_AT: Final = 5000
 
@@ -223,7 +224,7 @@ class Head:
         """
         touched = self._touched
         while touched:
-            part = touched[: _TURNS if most is None else min(most, _TURNS)]
+            part = touched[: _LONGEST_PART if most is None else min(most, _LONGEST_PART)]
             if len(part) < _BULK:
                 self._take_in(part)
             else:
@@ -396,10 +397,10 @@ class Head:
             found = [-1 if place is None else place for place in found]
         # By way of struct, which takes in a list twice as fast as numpy.
         places = np.frombuffer(struct.pack(f"{len(found)}q", *found), np.int64)
-        # Sorted by place, then by turn: as one number, which is several times as quick.
-        turns = np.sort((places << _TURN_BITS) + np.arange(len(keys)))
-        turns = turns[np.searchsorted(turns, 0) :]
-        places, moments = turns >> _TURN_BITS, (turns & _TURNS) + (self._now + 1)
+        # Sorted by place, then by moment: as one number, which is several times as quick.
+        order = np.sort((places << _ORDER_BITS) + np.arange(len(keys)))
+        order = order[np.searchsorted(order, 0) :]
+        places, moments = order >> _ORDER_BITS, (order & (1 << _ORDER_BITS) - 1) + (self._now + 1)
         self._now += len(keys)
         if not len(places):
             return

@@ -47,7 +47,7 @@ def test_rows_come_out_as_columns_in_the_order_of_arrival() -> None:
     ring.refused("overloaded", 0.25)
     rows = ring.drain()
     assert rows is not None
-    assert rows.keys == [KEY, b""]
+    assert rows.keys() == [KEY, b""]
     assert list(rows.where) == [HEAD, REFUSED]
     assert rows.joined == KEY
     assert list(rows.seconds) == [0.5, 0.25]
@@ -66,7 +66,7 @@ def test_rows_noted_together_come_out_as_rows() -> None:
     rows = ring.drain()
     assert rows is not None
     assert (len(rows), rows.joined) == (5, KEY + KEY + bytes(16) + KEY)
-    assert rows.keys == [KEY, b"", KEY, bytes(16), KEY]
+    assert rows.keys() == [KEY, b"", KEY, bytes(16), KEY]
     assert list(rows.where) == [HEAD, REFUSED, TABLE, TABLE, MODEL]
     assert list(rows.seconds) == [0.5, 2.0, 0.25, 0.125, 1.0]
     assert len(rows.times) == len(rows.extras) == len(rows.records) == 5

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from parbake.serving import head as module
 from parbake.serving.head import ENTRY_BYTES, Head, Row
 
 
@@ -99,17 +100,18 @@ def test_the_budget_holds_and_answers_are_what_was_stored(
 
 @given(
     stored=st.lists(st.integers(0, 40), min_size=1, max_size=60),
-    turns=st.lists(st.lists(st.integers(0, 50), max_size=300), max_size=4),
+    many=st.lists(st.lists(st.integers(0, 50), min_size=64, max_size=300), min_size=1, max_size=3),
+    few=st.lists(st.integers(0, 50), max_size=63),
     rows=st.integers(1, 20),
 )
 def test_requests_taken_in_many_at_once_count_as_those_taken_in_one_by_one(
-    stored: list[int], turns: list[list[int]], rows: int
+    stored: list[int], many: list[list[int]], few: list[int], rows: int
 ) -> None:
     at_once, one_by_one = make(rows), make(rows)
     for head in (at_once, one_by_one):
         for number in stored:
             head.store(key(number), row(), b"answer")
-    for asked in turns:
+    for asked in (*many, few):
         # Some of the keys were never heard of.
         for head, most in ((at_once, None), (one_by_one, 1)):
             head.all_asked([key(number) for number in asked])
@@ -126,7 +128,21 @@ def test_requests_taken_in_many_at_once_count_as_those_taken_in_one_by_one(
 def assert_same(one: Head, other: Head) -> None:
     (places, hazards), (other_places, other_hazards) = one.hazards(), other.hazards()
     assert places.tolist() == other_places.tolist()
-    assert hazards.tolist() == other_hazards.tolist()
+    assert hazards.tolist() == pytest.approx(other_hazards.tolist(), rel=1e-12)
+
+
+def test_more_requests_than_are_taken_in_at_once_are_all_taken_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = [key(number) for number in np.random.default_rng(0).integers(0, 8, 1000).tolist()]
+    heads = []
+    for most in (10_000, 70):
+        monkeypatch.setattr(module, "_LONGEST_PART", most)
+        head = make()
+        for number in range(8):
+            head.store(key(number), row(), b"answer")
+        head.all_asked(asked)
+        assert head.settle() == 0
+        heads.append(head)
+    assert_same(*heads)
 
 
 def test_a_key_that_was_asked_for_more_often_than_sixteen_bits_can_count_is_no_cold_one() -> None:

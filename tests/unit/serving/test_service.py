@@ -294,7 +294,7 @@ def test_what_is_noted_is_the_key_of_the_contract_in_every_mode(tmp_path: Path, 
         service.ask(raws, 6)
     noted = recorder.drain()
     assert noted is not None
-    assert noted.keys == 2 * Keys(contract).of(raws, 6)
+    assert noted.keys() == 2 * Keys(contract).of(raws, 6)
 
 
 def test_an_input_that_was_left_out_is_noted_as_empty(tmp_path: Path) -> None:

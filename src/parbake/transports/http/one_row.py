@@ -48,12 +48,13 @@ class OneRowEndpoint(PredictionEndpoint):
         self._binary = codec.binary
         self._is_row = codec.binary_row
         self._learn_binary = codec.learn_binary
-        self._get = served.get
-        self._head = served.head
-        self._asked: Callable[[list[bytes]], None] | None = None
-        """Notes the keys that the head answered, those of a turn in one go."""
-        if self._head is not None and self._head.below is None:
-            self._get, self._asked = self._head.find, self._head.all_asked
+        self._head = head = served.head
+        alone = head is not None and head.below is None
+        self._get = head.find if head is not None and alone else served.get
+        self._asked: Callable[[list[bytes]], None] | None = (
+            head.all_asked if head is not None and alone else None
+        )
+        """Notes the keys that a head answered, those of a turn in one go; None where looking them up does so."""
         self._flights = served.flights
         self._recorder = served.recorder
         self._note_key = served.recorder.note_key if served.recorder is not None else None
@@ -215,7 +216,7 @@ class OneRowEndpoint(PredictionEndpoint):
     def _send_baked(self) -> None:
         baked, self._baked = self._baked, []
         answered = self._log
-        begin = len(answered)
+        seconds: list[float] = []
         gone: list[Exchange] = []
         for exchange, reply, parsed, _, _, _ in baked:
             try:
@@ -228,6 +229,7 @@ class OneRowEndpoint(PredictionEndpoint):
                 continue
             arrived = exchange.arrived
             total_s = perf_counter() - arrived
+            seconds.append(total_s)
             answered += (parsed - arrived, 0.0, 0.0, total_s, 1, 1)
         if gone:
             baked = [item for item in baked if item[0] not in gone]
@@ -237,8 +239,7 @@ class OneRowEndpoint(PredictionEndpoint):
         if self._note_keys is not None:
             self._note_keys(keys)
         elif self._recorder is not None:
-            # The times of all are in what was just counted.
-            self._note_baked(self._recorder, baked, keys, answered[begin + 3 :: 6])
+            self._note_baked(self._recorder, baked, keys, seconds)
         if len(answered) >= FOLD_AT:
             self._settle()
 
