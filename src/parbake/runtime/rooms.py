@@ -148,6 +148,7 @@ class Room:
 
     async def _call(self, message: Callable[[int], ToRoom], timeout_s: float) -> FromRoom:
         started = await self._process()
+        listening = self._listening
         number = next(self._numbers)
         future: asyncio.Future[FromRoom] = asyncio.get_running_loop().create_future()
         self._waiting[number] = future
@@ -158,6 +159,9 @@ class Room:
         except TimeoutError as error:
             raise RunnerDown(f"the room of {self.group!r} did not answer within {timeout_s:g} s") from error
         except OSError as error:
+            # It has ended, and that is not known yet: whoever tries again at once would meet the same process.
+            if listening is not None:
+                await asyncio.wait([listening], timeout=2 * _ENDED_S)
             raise self._down() from error
         finally:
             self._waiting.pop(number, None)
