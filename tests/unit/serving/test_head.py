@@ -129,6 +129,8 @@ def assert_same(one: Head, other: Head) -> None:
     (places, hazards), (other_places, other_hazards) = one.hazards(), other.hazards()
     assert places.tolist() == other_places.tolist()
     assert hazards.tolist() == pytest.approx(other_hazards.tolist(), rel=1e-12)
+    # Of all classes, not only of those in which a key is held just now.
+    assert one._hazards.tolist() == pytest.approx(other._hazards.tolist(), rel=1e-12)
 
 
 def test_more_requests_than_are_taken_in_at_once_are_all_taken_in(monkeypatch: pytest.MonkeyPatch) -> None:
