@@ -55,7 +55,8 @@ _HEADINGS: Final = ("req/s predicted", "p50 ms predicted", "p99 ms predicted", "
 _PROMISED: Final = ("requests_per_s", "p50_ms", "coverage")
 _SEED: Final = 7
 _BUDGET: Final = 0.05
-_WARM_UP_S: Final = 0.5
+_WARM_UP_S: Final = 2.0
+"""A server that was just started takes longer for a request in its first two seconds."""
 _CLIENT_S: Final = 1.0
 """How long is looked at what the load generator takes."""
 _PACE_S: Final = 0.1
@@ -125,7 +126,9 @@ def _run(
     for what, layers, longer in models:
         say(f"{what}: packing")
         rows = rows_of(max(int(keys.max()) + 1 for _, keys in traces))
-        bundle = packed_network(folder / what.replace(" ", "-"), layers, rows[: 64 if layers < 10 else 8])
+        slow = longer > 1
+        examples = rows[: 8 if slow else 64]
+        bundle = packed_network(folder / what.replace(" ", "-"), layers, examples, single=slow)
         bodies = tuple(row_body(row) for row in rows)
         keys_of = RowKeys(bundle.contract)
         hashes = [keys_of.of([row.tobytes()], 1)[0] for row in rows]
@@ -146,6 +149,7 @@ def _run(
                 bundle,
                 connections=_CONNECTIONS,
                 deadline_s=10.0,
+                looking=pace,
                 stage=lambda words, what=what: say(f"{what}: {words}"),  # type: ignore[misc]
             )
             client_s = _client_s(constant, bodies[0], costs.pace, pace)

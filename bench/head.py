@@ -10,11 +10,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from bench import policies
 from bench.clients import Client
 from bench.load import Load, Measured, pouring, put
 from bench.machine import this_machine
-from bench.network import packed_network, row_body, rows_of
+from bench.network import convolutions_of, packed_network, row_body, rows_of, seconds_a_row
 from bench.quiet import LOOKS, MOST_STOLEN, Quiet, Stolen
 from bench.report import Section, Table, Target, at_least, at_most
 from bench.samples import rows_and_hits, rows_warmed
@@ -44,7 +45,10 @@ _POLICIES: Final[dict[str, Callable[[int, Sequence[int]], float]]] = {
 }
 _CONNECTIONS: Final = 64
 _PATH: Final = "/v2/models/eta/infer"
-_LAYERS: Final = 6
+_ROW_S: Final = 1e-3
+"""What a row takes of the model, about."""
+_BATCH: Final = 32
+"""Rows of the batches that this is measured with: about as many misses wait at a time."""
 _EXAMPLES: Final = 256
 _BUDGET: Final = 0.2
 _ALLOWED: Final = 0.01
@@ -58,6 +62,9 @@ _LEARNT: Final = 8
 """Part of the trace, one in so many requests, after which the cold start counts as over."""
 _TRACE_S: Final = 120.0
 """The longest that is waited for a trace to be over."""
+_LATENCY_ROUNDS: Final = 3
+
+_Found = TypeVar("_Found")
 
 
 def run(
@@ -69,20 +76,23 @@ def run(
     if not traces:
         source = "traffic made up with a fixed seed (the traces of a shop's pages are not here)"
         traces = generated()
-    layers, examples, fresh_s = _LAYERS, _EXAMPLES, _FRESH_S
+    examples, fresh_s = _EXAMPLES, _FRESH_S
     if quick:
         traces = (Trace(traces[0].name, traces[0].keys[:5000]),)
-        layers, examples, fresh_s = 1, 32, 1.0
+        examples, fresh_s = 32, 1.0
     table, figures, targets = _coverage(traces, say)
-    say("packing a model of about 1 ms a row")
+    say("looking for a model of about 1 ms a row")
+    layers = 1 if quick else convolutions_of(folder / "tried", _ROW_S, _BATCH)
+    say(f"packing models of {layers} convolutions")
     trace = traces[0]
     rows = rows_of(trace.distinct)
-    bundle = packed_network(folder / "network", layers, rows[:examples]).path
+    packed = packed_network(folder / "network", layers, rows[:examples])
+    bundle, row_s = packed.path, seconds_a_row(packed, _BATCH)
     ageing = packed_network(folder / "ageing", layers, rows[:examples], freshness_s=fresh_s).path
     second = packed_network(folder / "second", layers, rows[:examples], seed=8).path
     bodies = tuple(row_body(row) for row in rows)
     quiet = Quiet()
-    gain, gained, gain_figures = _gain(bundle, trace, bodies, rounds, seconds, quiet, say)
+    gain, gained, gain_figures = _gain(client, bundle, trace, bodies, rounds, seconds, quiet, say)
     many = rounds if quick else _COST_ROUNDS * rounds
     costs, costed, cost_figures = _costs(client, folder, bundle, rows, many, min(seconds, 1.0), quiet, say)
     idle, idled = _idle(bundle, ageing, fresh_s, rows, rounds, seconds, say)
@@ -95,16 +105,18 @@ def run(
         "of rows, in per cent of the trace's keys; the fixed set is the best one chosen in hindsight (first touches "
         "not counted); hazards in hindsight are what how often and how long ago a key was asked for tells, "
         "measured on the whole trace beforehand; Belady's bound is what no cache can do better. Under load: "
-        f"{_CONNECTIONS} connections in a closed loop on the same CPUs, a model of about a millisecond a row; "
-        f"medians of {rounds} rounds with and without a head, {many} of what it costs, {rounds} of idle moments and "
-        f"{releases} releases. The first two are ratios to the mean of the other way before and after, at the same "
-        "pace of the machine (`parbake.runtime.pace`); looks of theirs during which more than "
+        f"{_CONNECTIONS} connections in a closed loop on the same CPUs, a model of {layers} convolutions: "
+        f"{row_s * 1e3:.2f} ms a row in batches of {_BATCH} on all CPUs, while nothing else ran. Medians of {rounds} "
+        f"rounds with and without a head ({min(rounds, _LATENCY_ROUNDS)} more for the latencies), {many} of what it "
+        f"costs, {rounds} of idle moments and {releases} releases. With and without a head, and what it costs: ratios "
+        "to the mean of the other way before and after, what it costs at the same pace of the machine "
+        "(`parbake.runtime.pace`); looks of theirs during which more than "
         f"{MOST_STOLEN:.0%} of the CPU time was taken from the machine were done again, up to {LOOKS - 1} times each "
         f"({quiet.again} in all).",
         (table, gain, costs, idle, release),
         (*targets, *gained, *costed, *idled, *released),
         this_machine(),
-        {"coverage": figures, "gain": gain_figures, "costs": cost_figures},
+        {"coverage": figures, "gain": gain_figures, "costs": cost_figures, "row_s": row_s},
     )
 
 
@@ -134,24 +146,15 @@ def _coverage(
 
 
 @dataclass(frozen=True, slots=True)
-class _Paced:
-    """What came of a load, and the pace of the machine meanwhile."""
+class _Rates:
+    """Requests per second: of all, and of those after the cold start."""
 
-    seen: Measured
-    pace: float
-
-    @property
-    def rate(self) -> float:
-        """Requests per second at a pace of 1."""
-        return self.seen.requests_per_s / self.pace
-
-    @property
-    def p50_ms(self) -> float:
-        """At a pace of 1."""
-        return self.seen.p50_ms * self.pace
+    whole: float
+    learnt: float
 
 
 def _gain(
+    client: Client,
     bundle: Path,
     trace: Trace,
     bodies: tuple[bytes, ...],
@@ -160,12 +163,33 @@ def _gain(
     quiet: Quiet,
     say: Callable[[str], None],
 ) -> tuple[Table, list[Target], dict[str, Any]]:
-    """All of the trace in hybrid mode, from a cold start, with some of it in dynamic mode before and after."""
-    count, learnt = len(trace.keys), len(trace.keys) // _LEARNT
+    """All of the trace in hybrid mode, from a cold start, with some of it in dynamic mode before and after.
 
-    def look(mode: str) -> tuple[_Paced, float]:
-        length = seconds if mode == "dynamic" else _TRACE_S
-        with serving(bundle, mode=mode, workers=1, head_rows=round(_BUDGET * trace.distinct)) as server:
+    Not at the same pace: `parbake.runtime.pace` is slowed by what a model does to the caches, and that is no change of
+    the machine where one way has the model at work all the time and the other one has not.
+    """
+    learnt = len(trace.keys) // _LEARNT
+
+    def served(mode: str) -> AbstractContextManager[Server]:
+        return serving(bundle, mode=mode, workers=1, head_rows=round(_BUDGET * trace.distinct))
+
+    def length(mode: str) -> float:
+        return seconds if mode == "dynamic" else _TRACE_S
+
+    def rates(mode: str) -> tuple[_Rates, float]:
+        with served(mode) as server:
+            theft = Stolen()
+            found = client.replay(server.port, _PATH, bodies, trace.keys, _CONNECTIONS, length(mode), learnt)
+            share = theft.share()
+        if mode == "hybrid" and not found.whole:
+            raise RuntimeError(
+                f"in {found.seconds:g} s {found.requests:,} requests were answered, and no more"
+            )
+        behind = (found.requests - learnt) / (found.seconds - found.marked_s) if found.marked_s else 0.0
+        return _Rates(found.requests_per_s, behind), share
+
+    def latencies(mode: str) -> tuple[Measured, float]:
+        with served(mode) as server:
             theft = Stolen()
             load = Load(
                 server.port,
@@ -173,43 +197,32 @@ def _gain(
                 bodies,
                 trace.keys,
                 _CONNECTIONS,
-                length,
+                length(mode),
                 once=True,
-                mark=learnt,
                 warm_up_s=0.0,
             )
-            seen = _sound(put(load))
-            found = _Paced(seen, pace.between(time.monotonic() - seen.seconds))
-            if mode == "hybrid" and seen.requests < count - 2 * _CONNECTIONS:
-                raise RuntimeError(f"of {count:,} requests {seen.requests:,} were answered in {length:g} s")
-            return found, theft.share()
+            return _sound(put(load)), theft.share()
 
-    with Pace() as pace:
-        say(f"{trace.name} in dynamic mode")
-        dynamic = [quiet.look(partial(look, "dynamic"))]
-        hybrid: list[_Paced] = []
-        for number in range(rounds):
-            say(f"{trace.name} in hybrid and in dynamic mode, round {number + 1} of {rounds}")
-            hybrid.append(quiet.look(partial(look, "hybrid")))
-            dynamic.append(quiet.look(partial(look, "dynamic")))
+    dynamic, hybrid = _in_turn(rates, rounds, quiet, f"{trace.name}, requests/s", say)
+    slow, quick = _in_turn(latencies, min(rounds, _LATENCY_ROUNDS), quiet, f"{trace.name}, latencies", say)
     figures: dict[str, list[float]] = {"whole": [], "learnt": [], "p50": []}
     for found, before, after in zip(hybrid, dynamic, dynamic[1:], strict=False):
-        usual = (before.rate + after.rate) / 2
-        behind = (found.seen.requests - learnt) / (found.seen.seconds - found.seen.marked_s) / found.pace
-        figures["whole"].append(found.rate / usual)
-        figures["learnt"].append(behind / usual)
-        figures["p50"].append((before.p50_ms + after.p50_ms) / 2 / found.p50_ms)
+        usual = (before.whole + after.whole) / 2
+        figures["whole"].append(found.whole / usual)
+        figures["learnt"].append(found.learnt / usual)
+    for one, before_it, after_it in zip(quick, slow, slow[1:], strict=False):
+        figures["p50"].append((before_it.p50_ms + after_it.p50_ms) / 2 / one.p50_ms)
     table = Table(
         f"{trace.name}, a model of about 1 ms a row, a head of {_BUDGET:.0%} of the keys that knows nothing at first",
-        ("", "requests/s", "p50 ms", "p99 ms"),
+        ("", f"requests/s ({client.name})", "p50 ms (bench/load.py)", "p99 ms (bench/load.py)"),
         tuple(
             (
-                what,
-                f"{median(one.seen.requests_per_s for one in looks):,.0f}",
-                f"{median(one.seen.p50_ms for one in looks):.3f}",
-                f"{median(one.seen.p99_ms for one in looks):.3f}",
+                mode,
+                f"{median(one.whole for one in speeds):,.0f}",
+                f"{median(one.p50_ms for one in waits):.3f}",
+                f"{median(one.p99_ms for one in waits):.3f}",
             )
-            for what, looks in (("dynamic", dynamic), ("hybrid", hybrid))
+            for mode, speeds, waits in (("dynamic", dynamic, slow), ("hybrid", hybrid, quick))
         ),
     )
     targets = [
@@ -222,6 +235,24 @@ def _gain(
         at_least("dynamic: p50 in ratio to hybrid, the whole trace", median(figures["p50"]), 8),
     ]
     return table, targets, figures
+
+
+def _in_turn(
+    look: Callable[[str], tuple[_Found, float]],
+    rounds: int,
+    quiet: Quiet,
+    what: str,
+    say: Callable[[str], None],
+) -> tuple[list[_Found], list[_Found]]:
+    """Looks at dynamic mode, and one at hybrid mode between each of them and the next."""
+    say(f"{what}: dynamic")
+    dynamic = [quiet.look(partial(look, "dynamic"))]
+    hybrid: list[_Found] = []
+    for number in range(rounds):
+        say(f"{what}: hybrid and dynamic, round {number + 1} of {rounds}")
+        hybrid.append(quiet.look(partial(look, "hybrid")))
+        dynamic.append(quiet.look(partial(look, "dynamic")))
+    return dynamic, hybrid
 
 
 def _costs(

@@ -70,6 +70,8 @@ class Measured(Struct, frozen=True):
     """404 because the row is not in the prediction table."""
     failed: int = 0
     """Anything else."""
+    whole: bool = False
+    """Whether all of an order that was to be sent once has been."""
     marked_s: float = 0.0
     """From the beginning of the window until the request was sent that was to be marked; 0 where it was not."""
     complaint: str = ""
@@ -130,7 +132,7 @@ class ClosedLoop:
 
     def __init__(self, order: Iterable[int], bodies: int, *, once: bool = False, mark: int = 0) -> None:
         self._over = asyncio.Event()
-        self._mark, self._marked = mark, 0.0
+        self._mark, self._marked, self._whole = mark, 0.0, False
         self._order: Iterator[int] = self._through(tuple(order)) if once else cycle(order)
         self._seen: list[bytes | None] = [None] * bodies
         """The last reply to each body that was in order: the same bytes need no second look."""
@@ -145,6 +147,7 @@ class ClosedLoop:
             if at == self._mark:
                 self._marked = time.perf_counter()
             yield number
+        self._whole = True
         self._over.set()
         # What is answered before that is seen asks for one more.
         yield from cycle(order)
@@ -188,6 +191,7 @@ class ClosedLoop:
             wrong=self.wrong,
             unknown=self.unknown,
             failed=self.failed,
+            whole=self._whole,
             marked_s=max(self._marked - started, 0.0),
             complaint=self.complaint,
         )

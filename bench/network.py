@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
+from statistics import median
 from typing import Any, Final
 
 import msgspec
@@ -10,24 +12,39 @@ import numpy as np
 import numpy.typing as npt
 
 import parbake
+from parbake.app.measure import batch_of, examples_of
 from parbake.contract.bundle import Goldens, StoredBundle, read_bundle, write_bundle
 from parbake.contract.environment import capture
 from parbake.contract.model import Batch, Contract, Step, TensorSpec, Tolerance
+from parbake.runtime import cpu
+from parbake.runtime.session import Session
 
 _FEATURES: Final = 10
 _SIDE: Final = 32
 _CHANNELS: Final = 32
-_LARGE: Final = 20
-"""Convolutions from which on a network takes one row at a time."""
 _SEED: Final = 7
+
+_TRIED: Final = 7
+"""Convolutions that are tried to see how long one takes."""
+_CALLS: Final = 100
 
 Rows = npt.NDArray[np.float32]
 
 
 def packed_network(
-    folder: Path, layers: int, example: Rows, seed: int = _SEED, freshness_s: float | None = None
+    folder: Path,
+    layers: int,
+    example: Rows,
+    seed: int = _SEED,
+    freshness_s: float | None = None,
+    *,
+    single: bool = False,
 ) -> StoredBundle:
-    """A network that takes the longer the more convolutions it has, for each row alike."""
+    """A network that takes the longer the more convolutions it has, for each row alike.
+
+    A ``single`` one is exported for one row at a time, as large networks often are, and its bundle is without the
+    proof that packing gives: to run a slow model thousands of times takes minutes.
+    """
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
@@ -65,8 +82,7 @@ def packed_network(
             helper.make_node("Flatten", ["mean"], ["features"]),
         ]
         name = "features"
-    # Large networks are often exported for one row at a time.
-    batch = 1 if layers >= _LARGE else "N"
+    batch = 1 if single else "N"
     width = _CHANNELS if layers else _FEATURES
     nodes.append(helper.make_node("MatMul", [name, normal("last", width, 2)], ["z"]))
     nodes.append(helper.make_node("Softmax", ["z"], ["p"]))
@@ -80,7 +96,7 @@ def packed_network(
     folder.mkdir(parents=True)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     onnx.save(model, folder / "model.onnx")
-    if batch == 1:
+    if single:
         return _unproven(folder, example)
     bundle = parbake.pack(
         folder / "model.onnx",
@@ -94,8 +110,27 @@ def packed_network(
     return read_bundle(bundle.path)
 
 
+def convolutions_of(folder: Path, row_s: float, batch: int) -> int:
+    """So many convolutions take a row about ``row_s`` on all CPUs of this machine, in batches of so many rows."""
+    tried_s = seconds_a_row(packed_network(folder, _TRIED, rows_of(batch)), batch)
+    # The first one has one channel to read, and takes next to nothing.
+    return 1 + round((_TRIED - 1) * row_s / tried_s)
+
+
+def seconds_a_row(bundle: StoredBundle, batch: int) -> float:
+    """What a row takes of a model on all CPUs of this machine, in batches of so many rows: a median."""
+    examples, session = examples_of(bundle), Session(bundle, threads=cpu.quota())
+    raws = batch_of(examples, batch)
+    times: list[float] = []
+    for _ in range(_CALLS):
+        started = time.perf_counter()
+        session.run_raw(raws, batch, examples.shapes)
+        times.append(time.perf_counter() - started)
+    return median(times) / batch
+
+
 def _unproven(folder: Path, example: Rows) -> StoredBundle:
-    """The bundle without the proof that packing gives: to run a slow model thousands of times takes minutes."""
+    """The bundle of a network that takes one row at a time."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])

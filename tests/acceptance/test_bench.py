@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import msgspec
 import pytest
 
 from bench import models
-from bench.clients import Wrk
+from bench.clients import Own, Wrk
 from bench.contenders import BARE, OWN_PYTHON, PATH, ROSTER, memory_mib, start
 from bench.machine import Machine
 from bench.path import WAYS
@@ -203,3 +204,33 @@ def test_wrk_sends_the_bodies_and_counts_replies_and_the_server_its_time() -> No
         assert speed.requests_per_s > 0
         assert 0 < speed.p50_ms <= speed.p99_ms
         assert cpu_seconds((process.pid,)) > before
+
+
+@pytest.mark.parametrize(
+    "client",
+    [
+        Own,
+        pytest.param(
+            Wrk,
+            marks=pytest.mark.skipif(not shutil.which("wrk"), reason="wrk is not installed: apt install wrk"),
+        ),
+    ],
+)
+def test_a_replay_sends_each_request_once_and_ends_with_the_last(client: type[Own | Wrk]) -> None:
+    bodies = (b'{"a": 1}', b'{"b": "\\n%d"}')
+    order = (0, 1, 1) * 1000
+    with peer(PEERS / "bare" / "server.py") as (_, port):
+        began = time.monotonic()
+        whole = client().replay(port, "/", bodies, order, 4, 60, mark=1500)
+        passed = time.monotonic() - began
+        part = client().replay(port, "/", bodies, order * 1000, 4, 1, mark=300)
+        unmarked = client().replay(port, "/", bodies, order, 4, 60)
+
+    assert whole.whole
+    # Those under way when the last request was sent are missing, and those before all connections were there.
+    assert 0.9 * len(order) <= whole.requests <= len(order)
+    assert 0 < whole.marked_s < whole.seconds < passed < 50
+    assert not part.whole
+    assert 0 < part.requests < len(order) * 1000
+    assert 0 < part.marked_s < part.seconds
+    assert unmarked.marked_s == 0.0

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,9 @@ import pytest
 
 from parbake.app import measure as module
 from parbake.app.measure import measure
-from parbake.contract.bundle import StoredBundle
+from parbake.contract.bundle import StoredBundle, write_bundle
+from parbake.contract.model import Step
+from parbake.errors import NotAllowed
 from parbake.runtime.pace import Pace
 
 _HOLDER = """
@@ -108,6 +111,19 @@ def test_where_it_cannot_be_seen_the_pace_is_1_and_one_that_ends_is_noticed(
         assert pace.of([(0.0, 1.0), (1.0, 2.0)]).tolist() == np.ones(2).tolist()
 
 
+def test_a_model_that_may_not_be_loaded_is_refused_as_it_is_anywhere(
+    tmp_path: Path, doubler_bundle: StoredBundle
+) -> None:
+    contract = replace(doubler_bundle.contract, steps=(Step("pickle", "p.joblib", "y=predict"),))
+    files = {"p.joblib": b"x"}
+    pickled = write_bundle(
+        tmp_path / "pickled", contract, files, doubler_bundle.goldens(), doubler_bundle.environment
+    )
+
+    with pytest.raises(NotAllowed, match="pickle"):
+        measure(pickled, connections=4, deadline_s=1.0)
+
+
 class _Quick(Pace):
     """A machine that does a million pieces of work in a second, all the time."""
 
@@ -118,9 +134,15 @@ class _Quick(Pace):
 def test_what_was_measured_is_told_at_the_mean_pace(
     monkeypatch: pytest.MonkeyPatch, doubler_bundle: StoredBundle
 ) -> None:
-    monkeypatch.setattr(module, "Pace", _Quick)
+    def twice() -> Pace:
+        raise AssertionError("the pace was looked at twice")
 
-    costs = measure(doubler_bundle, connections=4, deadline_s=1.0)
+    monkeypatch.setattr(module, "Pace", twice)
+
+    with _Quick() as pace:
+        costs = measure(doubler_bundle, connections=4, deadline_s=1.0, looking=pace)
+        # It goes on for whoever looked at it before.
+        assert pace.whole
 
     assert (costs.pace, costs.unsteady) == (1e6, 0.0)
     # Microseconds each, and not a million times that.

@@ -16,7 +16,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -25,6 +25,7 @@ from typing import IO, Any, Final
 import msgspec
 import numpy as np
 import numpy.typing as npt
+import uvloop
 
 from parbake.advisor.model import BatchTime, Costs, FrontCost, ModelCost
 from parbake.advisor.queueing import largest_batch
@@ -45,9 +46,14 @@ from parbake.tables.model import Lineage, layout_of
 from parbake.tables.service import build, publish
 
 ROWS: Final = (1, 2, 4, 8, 16, 32, 64)
-_ENOUGH_S: Final = 0.25
-_CALLS: Final = 200
-_FEWEST_CALLS: Final = 5
+_PASSES: Final = 5
+"""How often each thing is looked at, a moment each, with all others in between: what disturbs does not last so long."""
+_FEWEST_PASSES: Final = 3
+_LONG_S: Final = 20.0
+"""After this time there are no more passes than that: a model is slow."""
+_ENOUGH_S: Final = 0.1
+_CALLS: Final = 80
+_FEWEST_CALLS: Final = 2
 _LONGEST_CALL_S: Final = 0.4
 _TABLE_ROWS: Final = 20_000
 _BODIES: Final = 256
@@ -55,7 +61,7 @@ _MANY: Final = 8192
 """Rows of the table that hits are measured with: as in real traffic, most are not what was asked for just now."""
 _HELD_OF: Final = 4
 """Rows that are asked for, for each that the learned head holds."""
-_RUN_S: Final = 0.3
+_RUN_S: Final = 0.2
 _ONE_SIGMA: Final = (0.1587, 0.8413)
 """One standard deviation below and above the mean, of a normal distribution."""
 _MOST_SCATTER: Final = 1.0
@@ -143,38 +149,59 @@ def _examples(contract: Contract, inputs: Tensors, records: Sequence[bytes]) -> 
     )
 
 
-def _model_cost(session: Session, examples: Examples, pace: Pace, stage: Stage) -> tuple[ModelCost, int]:
-    """Time of batches of `ROWS` rows at a pace of 1, and how many threads they keep busy."""
-    fitted = BatchCost()
-    found: list[BatchTime] = []
-    times: list[float] = []
-    spans: list[tuple[float, float]] = []
-    wall_s = cpu_s = 0.0
-    for rows in ROWS:
-        if found and float(np.median(times)) * rows / found[-1].rows > _LONGEST_CALL_S:
-            break
-        stage(f"the model, {rows} rows at a time")
-        raws = _batch(examples, rows)
-        times, spans = [], []
-        session.run_raw(raws, rows, examples.shapes)
-        started, started_cpu = time.perf_counter(), time.process_time()
-        while len(times) < _CALLS and (len(times) < _FEWEST_CALLS or sum(times) < _ENOUGH_S):
-            since, before = time.monotonic(), time.perf_counter()
-            session.run_raw(raws, rows, examples.shapes)
-            times.append(time.perf_counter() - before)
-            spans.append((since, since + times[-1]))
-        wall_s += time.perf_counter() - started
-        cpu_s += time.process_time() - started_cpu
-        p50, p99 = (float(np.quantile(times * pace.of(spans), share)) for share in (0.5, 0.99))
-        found.append(BatchTime(rows, p50, p99))
-    threads = max(1, round(cpu_s / wall_s)) if wall_s else 1
-    for at in reversed(range(len(found) - 1)):
-        # A batch that took longer than a larger one was held up by something else.
-        quicker = min(found[at].p50_s, found[at + 1].p50_s)
-        found[at] = BatchTime(found[at].rows, quicker, max(found[at].p99_s, quicker))
-    for batch in found:
-        fitted.observe(batch.rows, batch.p50_s)
-    return ModelCost(fitted.fixed_s, fitted.row_s, tuple(found)), threads
+class _ModelTimes:
+    """Times of batches of `ROWS` rows at a pace of 1, looked at as often as one likes."""
+
+    def __init__(self, session: Session, examples: Examples, pace: Pace) -> None:
+        self._session = session
+        self._examples = examples
+        self._pace = pace
+        self._times: dict[int, list[float]] = {}
+        self._wall_s = self._cpu_s = 0.0
+
+    @property
+    def threads(self) -> int:
+        """How many threads the model keeps busy."""
+        return max(1, round(self._cpu_s / self._wall_s)) if self._wall_s else 1
+
+    def look(self, stage: Stage) -> None:
+        """Run batches of each size for a moment, up to those that take too long."""
+        shapes = self._examples.shapes
+        row_s = 0.0
+        for rows in ROWS:
+            if row_s * rows > _LONGEST_CALL_S:
+                break
+            stage(f"the model, {rows} rows at a time")
+            raws = batch_of(self._examples, rows)
+            times: list[float] = []
+            spans: list[tuple[float, float]] = []
+            self._session.run_raw(raws, rows, shapes)
+            started, started_cpu = time.perf_counter(), time.process_time()
+            while len(times) < _CALLS and (len(times) < _FEWEST_CALLS or sum(times) < _ENOUGH_S):
+                since, before = time.monotonic(), time.perf_counter()
+                self._session.run_raw(raws, rows, shapes)
+                times.append(time.perf_counter() - before)
+                spans.append((since, since + times[-1]))
+            self._wall_s += time.perf_counter() - started
+            self._cpu_s += time.process_time() - started_cpu
+            row_s = float(np.median(times)) / rows
+            self._times.setdefault(rows, []).extend((self._pace.of(spans) * times).tolist())
+
+    @property
+    def cost(self) -> ModelCost:
+        """What came of all looks."""
+        found = [
+            BatchTime(rows, *(float(np.quantile(times, share)) for share in (0.5, 0.99)))
+            for rows, times in self._times.items()
+        ]
+        for at in reversed(range(len(found) - 1)):
+            # A batch that took longer than a larger one was held up by something else.
+            quicker = min(found[at].p50_s, found[at + 1].p50_s)
+            found[at] = BatchTime(found[at].rows, quicker, max(found[at].p99_s, quicker))
+        fitted = BatchCost()
+        for batch in found:
+            fitted.observe(batch.rows, batch.p50_s)
+        return ModelCost(fitted.fixed_s, fitted.row_s, tuple(found))
 
 
 def table_row_bytes(contract: Contract, examples: Examples, folder: Path) -> float:
@@ -210,10 +237,14 @@ def measure(
     fronts: int = 0,
     allow_pickle: bool = False,
     stage: Stage = lambda words: None,
+    looking: Pace | None = None,
 ) -> Costs:
-    """Everything that `Costs` says, in a few seconds: the model in this process, the front in a server for that.
+    """Everything that `Costs` says: of the model in this process, of the front in a server for that.
 
-    Each time is corrected by how quick the machine was just then, in ratio to its mean pace.
+    It takes about a quarter of a minute, and longer for models of more than some 10 ms a row.
+
+    Each time is corrected by how quick the machine was just then, in ratio to its mean pace. Who is ``looking`` at
+    that already says so: to look twice as often is to slow down what is measured.
 
     Raises `NotReady` where no server can be started or a process ends meanwhile, `BundleError` where the bundle
     cannot be loaded.
@@ -221,13 +252,11 @@ def measure(
     examples = examples_of(bundle)
     cores = cpu.quota()
     wanted = max(1, cores)
-    with tempfile.TemporaryDirectory(prefix="parbake-advise-") as name, Pace() as pace:
+    with tempfile.TemporaryDirectory(prefix="parbake-advise-") as name, _pace(looking) as pace:
         folder = Path(name)
         row_bytes = table_row_bytes(bundle.contract, examples, folder)
         stage("the model")
-        since = time.monotonic()
         session = Session(bundle, threads=wanted, allow_pickle=allow_pickle)
-        model, threads = _model_cost(session, examples, pace, stage)
         stage("a server of its own")
         table = folder / "examples.table"
         many = _varied(bundle, examples)
@@ -238,15 +267,17 @@ def measure(
             inline = server.inline
             if inline:
                 # A front lends a model one thread.
-                alone = Session(bundle, allow_pickle=allow_pickle)
-                model, threads = _model_cost(alone, examples, pace, stage)
+                session = Session(bundle, allow_pickle=allow_pickle)
+            times = _ModelTimes(session, examples, pace)
+            since = time.monotonic()
             front, scatter = _front_cost(
-                server, model, many.bodies, examples.bodies, connections, pace, stage
+                server, times, many.bodies, examples.bodies, connections, pace, stage
             )
         paces = pace.parts(since, time.monotonic(), _STEADY_S)
         if not pace.whole:
             raise NotReady("a process that looked at the machine's pace ended", retry_after_s=1.0)
         seen = pace.seen
+    model = times.cost
     mean, unsteady = float(np.mean(paces)), float(np.std(paces) / np.mean(paces))
     usual = model.times(1 / mean)
     longest_s = _INLINE_BATCH_S if inline else min(deadline_s / 2, _LONGEST_BATCH_S)
@@ -254,7 +285,7 @@ def measure(
         model=usual,
         front=front.times(1 / mean),
         inline=inline,
-        threads=threads,
+        threads=times.threads,
         fronts=fronts or max(1, cores // 2),
         cores=float(cores),
         table_row_bytes=row_bytes,
@@ -264,6 +295,10 @@ def measure(
         pace=mean if seen else 0.0,
         unsteady=unsteady,
     )
+
+
+def _pace(looking: Pace | None) -> AbstractContextManager[Pace]:
+    return Pace() if looking is None else nullcontext(looking)
 
 
 def _columns(
@@ -277,7 +312,8 @@ def _columns(
     return raws, tuple(tuple(np.asarray(tensors[spec.name]).shape[1:]) for spec in specs)
 
 
-def _batch(examples: Examples, rows: int) -> list[bytes]:
+def batch_of(examples: Examples, rows: int) -> list[bytes]:
+    """The raw bytes of each input of so many rows: the examples, again and again."""
     count = len(examples.raws)
     return [
         b"".join(examples.raws[i % count][column] for i in range(rows))
@@ -480,7 +516,7 @@ class _Run:
 
 def _front_cost(
     server: _Server,
-    model: ModelCost,
+    times: _ModelTimes,
     baked: Sequence[bytes],
     bodies: Sequence[bytes],
     connections: int,
@@ -489,22 +525,35 @@ def _front_cost(
 ) -> tuple[FrontCost, float]:
     """What the front's part of a hit and of a miss is, alone and among ``connections``, at a pace of 1.
 
-    Also gives how much latencies scatter where each request costs the same.
+    Also gives how much latencies scatter where each request costs the same. The model is looked at in turn with all
+    that.
     """
 
-    def run(name: str, count: int) -> _Run:
+    def drive(name: str, count: int) -> _Run:
         stage(f"the front, {name} at {count} connections")
-        # One of them may have met something else that ran on the machine.
-        runs = [_drive(server, name, baked if name == "hit" else bodies, count, pace) for _ in range(3)]
-        return sorted(runs, key=lambda run: run.cpu_s)[1]
+        return _drive(server, name, baked if name == "hit" else bodies, count, pace)
 
     many = max(connections, 2)
-    run("hit", many)
-    hits, hit = run("hit", many), run("hit", 1)
-    run("miss", 1)
-    misses, miss = run("miss", many), run("miss", 1)
     # More callers than there are rows would be answered together.
-    learned = run("learn", max(min(many, len(bodies) // 2), 1))
+    few = max(min(many, len(bodies) // 2), 1)
+    kinds = (("hit", many), ("hit", 1), ("miss", many), ("miss", 1), ("learn", few))
+    # A server that was just started is slower.
+    for name, count in (("hit", many), ("miss", 1), ("learn", few)):
+        drive(name, count)
+    runs: list[list[_Run]] = [[] for _ in kinds]
+    began = time.monotonic()
+    for number in range(_PASSES):
+        if number >= _FEWEST_PASSES and time.monotonic() - began > _LONG_S:
+            break
+        times.look(stage)
+        # The model has filled the caches with its own.
+        drive("hit", many)
+        for (name, count), found in zip(kinds, runs, strict=True):
+            found.append(drive(name, count))
+    hits, hit, misses, miss, learned = (
+        sorted(found, key=lambda run: run.cpu_s)[len(found) // 2] for found in runs
+    )
+    model = times.cost
     hit_s = min(hits.cpu_s, hit.cpu_s)
     turn_s = hit.cpu_s - hit_s
     rows = max(misses.batch_rows, 1.0)
@@ -534,7 +583,9 @@ def _drive(server: _Server, name: str, bodies: Sequence[bytes], connections: int
     path = f"/v2/models/{name}/infer"
     before, before_cpu = server.counts(name), _cpu_s(server.front_pids)
     since = time.monotonic()
-    latencies = asyncio.run(_ask(server.port, path, bodies, connections, _RUN_S))
+    # asyncio's own loop takes so long for a request that the front would wait for it, and handle each alone.
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        latencies = runner.run(_ask(server.port, path, bodies, connections, _RUN_S))
     after_cpu, quick = _cpu_s(server.front_pids), pace.between(since)
     batches, batch_rows, rows, kept = server.counts(name) - before
     if not latencies:

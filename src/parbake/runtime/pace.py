@@ -1,8 +1,8 @@
 """How quick the machine is from moment to moment, so that what is measured at different times can be compared.
 
 A virtual machine may be half as quick for seconds because of others on the same hardware, and nothing in it tells. So
-while something else is measured a small process on each CPU does the same little work a hundred times a second, and
-notes the CPU time that it took. It takes between one and two per cent of a CPU.
+while something else is measured a small process on each CPU does the same little work fifty times a second, and
+notes the CPU time that it took. What that costs is in docs/decisions/0013.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ _ENOUGH_LOOKS: Final = 2 * _FEWEST_LOOKS
 _AROUND: Final = 5
 """Looks before and after one that it is compared with."""
 _FAR_OFF: Final = 1 / 3
+_BEFORE_S: Final = 1.0
+"""Looks so long before what is asked for are read too: they tell which ones are sound."""
 
 Looks = npt.NDArray[np.float64]
 """Of one CPU: when, and the CPU seconds that the work took."""
@@ -82,10 +84,13 @@ class Pace:
         return float(self.of([(start, time.monotonic() if end is None else end)])[0])
 
     def of(self, spans: Sequence[tuple[float, float]]) -> npt.NDArray[np.float64]:
-        """The mean pace of each of some spans of time; of short ones that of about 50 ms around them."""
+        """The mean pace of each of some spans of time; of short ones that of about 100 ms around them."""
         if not self.seen:
             return np.ones(len(spans))
-        found: npt.NDArray[np.float64] = np.mean([_paces(looks, spans) for looks in self._looks()], axis=0)
+        since = min(start for start, _ in spans) - _BEFORE_S
+        found: npt.NDArray[np.float64] = np.mean(
+            [_paces(looks, spans) for looks in self._looks(since)], axis=0
+        )
         return found
 
     def parts(self, start: float, end: float, seconds: float) -> npt.NDArray[np.float64]:
@@ -98,12 +103,14 @@ class Pace:
         """Whether it was seen from beginning to end, or never."""
         return not self.seen or all(process.poll() is None for process in self._processes)
 
-    def _looks(self) -> list[Looks]:
+    def _looks(self, since: float = 0.0) -> list[Looks]:
+        """Of each CPU the looks from then on, or at least the last few."""
         found = []
         for path in self._paths:
             content = path.read_bytes() if path.exists() else b""
-            whole = content[: len(content) // LOOK.size * LOOK.size]
-            found.append(_sound(np.frombuffer(whole, np.float64).reshape(-1, 2)))
+            looks = np.frombuffer(content[: len(content) // LOOK.size * LOOK.size], np.float64).reshape(-1, 2)
+            first = min(int(np.searchsorted(looks[:, 0], since)), max(len(looks) - 2 * _ENOUGH_LOOKS, 0))
+            found.append(_sound(looks[first:]))
         return found
 
     def _starts(self) -> bool:

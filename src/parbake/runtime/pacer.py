@@ -17,7 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-EVERY_S: Final = 0.01
+EVERY_S: Final = 0.02
+"""Each look interrupts a thread of a model, and all its others wait for that one (``python -m bench.pace``)."""
 
 LOOK: Final = struct.Struct("=dd")
 """When it was (seconds, as `time.monotonic` has it), and the CPU seconds that the work took."""

@@ -162,6 +162,9 @@ class Room:
             # It has ended, and that is not known yet: whoever tries again at once would meet the same process.
             if listening is not None:
                 await asyncio.wait([listening], timeout=2 * _ENDED_S)
+            if not future.cancel():
+                # It was told too, and asyncio complains of errors that nobody looks at.
+                future.exception()
             raise self._down() from error
         finally:
             self._waiting.pop(number, None)

@@ -1,5 +1,6 @@
 """What `measure` makes of a server's own figures, without a server."""
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -9,7 +10,7 @@ import pytest
 
 from parbake.advisor.model import BatchTime, Costs, ModelCost
 from parbake.app import measure as module
-from parbake.app.measure import Examples, _front_cost, _model_cost
+from parbake.app.measure import Examples, _front_cost, _ModelTimes
 
 _LATENCIES = [2e-3] * 50 + [4e-3] * 50
 
@@ -24,7 +25,16 @@ def _front(monkeypatch: pytest.MonkeyPatch, pace: float, cpu_s: list[float]) -> 
     server = SimpleNamespace(port=0, front_pids=(1,), inline=False, counts=lambda name: np.zeros(4))
     paced = SimpleNamespace(between=lambda since: pace)
     model = ModelCost(0.0, 1e-5, (BatchTime(1, 1e-5, 1e-5),))
-    return _front_cost(cast(Any, server), model, [b"x"], [b"x"] * 8, 4, cast(Any, paced), lambda words: None)
+    times = SimpleNamespace(look=lambda stage: None, cost=model)
+    return _front_cost(
+        cast(Any, server),
+        cast(Any, times),
+        [b"x"],
+        [b"x"] * 8,
+        4,
+        cast(Any, paced),
+        lambda words: None,
+    )
 
 
 def test_what_is_seen_at_twice_the_pace_is_twice_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,16 +63,32 @@ def test_calls_of_the_model_are_told_at_a_pace_of_1() -> None:
     session = SimpleNamespace(run_raw=lambda raws, rows, shapes: sum(range(1000)))
     examples = Examples(((b"x",),), ((1,),), (), (), ())
 
+    def cost(pace: float) -> ModelCost:
+        paced = SimpleNamespace(of=lambda spans: np.full(len(spans), pace))
+        times = _ModelTimes(cast(Any, session), examples, cast(Any, paced))
+        times.look(lambda words: None)
+        return times.cost
+
     # Far enough apart for any machine.
-    slow, quick = (
-        _model_cost(
-            cast(Any, session),
-            examples,
-            cast(Any, SimpleNamespace(of=lambda spans, pace=pace: np.full(len(spans), pace))),
-            lambda words: None,
-        )[0]
-        for pace in (1.0, 1e6)
-    )
+    slow, quick = cost(1.0), cost(1e6)
 
     assert 1e4 < quick.one_s / slow.one_s < 1e8
     assert quick.batches[-1].p99_s / slow.batches[-1].p50_s > 1e4
+
+
+def test_what_disturbs_the_model_for_a_while_does_not_change_the_median() -> None:
+    seconds = 0.0
+
+    def of(spans: Sequence[tuple[float, float]]) -> Any:
+        # The pace at which each call took as many seconds.
+        return np.array([seconds / (end - since) for since, end in spans])
+
+    session = SimpleNamespace(run_raw=lambda raws, rows, shapes: sum(range(1000)))
+    examples = Examples(((b"x",),), ((1,),), (), (), ())
+    times = _ModelTimes(cast(Any, session), examples, cast(Any, SimpleNamespace(of=of)))
+
+    # Two looks of five meet a machine that does something else.
+    for seconds in (1.0, 5.0, 1.0, 5.0, 1.0):  # noqa: B007  # `of` reads it
+        times.look(lambda words: None)
+
+    assert [batch.p50_s for batch in times.cost.batches] == pytest.approx([1.0] * len(module.ROWS), rel=0.01)

@@ -1,12 +1,14 @@
 """The pace of a machine over spans of time, from looks that are made up."""
 
+from pathlib import Path
+
 import numpy as np
 import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parbake.runtime.pace import _paces, _sound
+from parbake.runtime.pace import Pace, _paces, _sound
 
 Looks = npt.NDArray[np.float64]
 
@@ -47,6 +49,19 @@ def test_a_machine_that_is_more_than_twice_as_quick_for_a_while_is_believed(quic
 
 def test_a_clock_that_tells_nothing_gives_no_looks() -> None:
     assert len(_sound(looks(*[0.0] * 50))) == 0
+
+
+@pytest.mark.parametrize("start", [0.0, 3.0, 42.0, 99.7, 200.0])
+def test_what_is_asked_of_a_long_time_is_told_from_the_looks_around_it(tmp_path: Path, start: float) -> None:
+    random = np.random.default_rng(7)
+    made = looks(*np.exp(random.normal(-9, 0.3, 10_000)))
+    (tmp_path / "looks").write_bytes(made.tobytes())
+    pace = Pace()
+    pace._paths, pace.seen = [tmp_path / "looks"], True
+
+    spans = [(start, start + 0.001), (start + 0.2, start + 7.0)]
+
+    assert pace.of(spans).tolist() == pytest.approx(_paces(_sound(made), spans).tolist())
 
 
 @given(
