@@ -227,8 +227,8 @@ def test_a_replay_sends_each_request_once_and_ends_with_the_last(client: type[Ow
         unmarked = client().replay(port, "/", bodies, order, 4, 60)
 
     assert whole.whole
-    # Those under way when the last request was sent are missing, and those before all connections were there.
-    assert 0.9 * len(order) <= whole.requests <= len(order)
+    # Those under way at the beginning and at the end may be in it or not.
+    assert 0.9 * len(order) <= whole.requests <= len(order) + 2 * 4
     assert 0 < whole.marked_s < whole.seconds < passed < 50
     assert not part.whole
     assert 0 < part.requests < len(order) * 1000

@@ -305,6 +305,8 @@ def _import(reference: str) -> Callable[..., Any]:
     here = str(Path.cwd())
     sys.path.insert(0, here)
     importlib.invalidate_caches()
+    # A module that is changed within the second, and is as long as before, would be taken for what was compiled of it.
+    writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
@@ -313,6 +315,7 @@ def _import(reference: str) -> Callable[..., Any]:
             hint=f"module:function, found from {here} or sys.path",
         ) from error
     finally:
+        sys.dont_write_bytecode = writes
         sys.path.remove(here)
     function = getattr(module, name, None)
     if function is None:

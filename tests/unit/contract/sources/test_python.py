@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 import subprocess
 import sys
 import textwrap
@@ -381,3 +382,20 @@ def test_functions_before_and_after_a_model_are_steps_around_it(project: Project
     parse = read_code("before:parse")
     with pytest.raises(PackRefused, match="before:parse gives 'x', the model takes 'z'"):
         around(other, parse, None, example)
+
+
+def test_a_module_that_was_changed_within_the_second_is_read_anew(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    answers = []
+    for factor in (2.0, 2.5):
+        root = project(edited=f"def f(x):\n    return {factor} * x\n")
+        # As long as before, and of the same second: what Python goes by where it keeps what it compiled.
+        os.utime(root / "edited.py", (1e9, 1e9))
+        source = from_function("edited:f", {"x": np.array([1.0, 2.0])})
+        answers.append(source.predict({"x": np.array([1.0, 2.0])})["output"].tolist())
+        del sys.modules["edited"]
+
+    assert answers == [[2.0, 4.0], [2.5, 5.0]]
+    assert not sys.dont_write_bytecode
