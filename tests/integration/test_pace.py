@@ -7,9 +7,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -114,7 +114,9 @@ def test_where_it_cannot_be_seen_the_pace_is_1_and_one_that_ends_is_noticed(
 def test_a_model_that_may_not_be_loaded_is_refused_as_it_is_anywhere(
     tmp_path: Path, doubler_bundle: StoredBundle
 ) -> None:
-    contract = replace(doubler_bundle.contract, steps=(Step("pickle", "p.joblib", "y=predict"),))
+    contract = msgspec.structs.replace(
+        doubler_bundle.contract, steps=(Step("pickle", "p.joblib", "y=predict"),)
+    )
     files = {"p.joblib": b"x"}
     pickled = write_bundle(
         tmp_path / "pickled", contract, files, doubler_bundle.goldens(), doubler_bundle.environment
