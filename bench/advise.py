@@ -27,7 +27,7 @@ import numpy.typing as npt
 from bench.load import Load as Requests
 from bench.load import put
 from bench.machine import this_machine
-from bench.network import packed_network, row_body, rows_of
+from bench.network import convolutions_of, packed_network, row_body, rows_of
 from bench.processes import cpu_seconds, peer, with_descendants
 from bench.quiet import LOOKS, MOST_STOLEN, Quiet, Stolen, busy_s
 from bench.report import Section, Table, at_most
@@ -46,8 +46,6 @@ from parbake.testing import serving
 TRACES: Final = Path(__file__).parents[2] / "shared" / "traces"
 _CONSTANT: Final = Path(__file__).parent / "peers" / "bare" / "server.py"
 _CONNECTIONS: Final = 32
-_MODELS: Final = (("microseconds", 0, 1), ("about 1 ms", 6, 1), ("about 20 ms", 80, 3))
-"""What a row takes, about, the convolutions for that, and how much longer it is looked at: few requests tell little."""
 
 WAYS: Final = ("dynamic", "static", "hybrid")
 _FIGURES: Final = {"requests_per_s": ",.0f", "p50_ms": ".3f", "p99_ms": ".3f", "coverage": ".3f"}
@@ -63,6 +61,24 @@ _PACE_S: Final = 0.1
 _CLIENT_START_S: Final = 0.3
 """About what the load generator takes to start: Python and its imports."""
 _NEVER: Final = 1 << 60
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    what: str
+    row_s: float
+    """What a row takes, about, in batches of ``batch`` rows; 0: as little as can be."""
+    batch: int = 32
+    """With 1 it is exported for one row at a time."""
+    longer: int = 1
+    """How much longer it is looked at: few requests tell little."""
+
+
+_MODELS: Final = (
+    _Model("microseconds", 0),
+    _Model("about 1 ms", 1e-3),
+    _Model("about 20 ms", 20e-3, batch=1, longer=3),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,18 +133,20 @@ def _run(
     traces, generated = _traces()
     cases: list[Case] = []
     sizes: dict[str, tuple[float, float]] = {}
-    models: tuple[tuple[str, int, int], ...] = _MODELS
+    models: tuple[_Model, ...] = _MODELS
     if quick:
         models, traces = models[:1], traces[:1]
     measured: dict[str, Costs] = {}
     clients_s: list[float] = []
     quiet = Quiet()
-    for what, layers, longer in models:
+    for model in models:
+        what, longer = model.what, model.longer
         say(f"{what}: packing")
         rows = rows_of(max(int(keys.max()) + 1 for _, keys in traces))
-        slow = longer > 1
-        examples = rows[: 8 if slow else 64]
-        bundle = packed_network(folder / what.replace(" ", "-"), layers, examples, single=slow)
+        single = model.batch == 1
+        to = folder / what.replace(" ", "-")
+        layers = convolutions_of(to / "tried", model.row_s, model.batch) if model.row_s else 0
+        bundle = packed_network(to / "network", layers, rows[: 8 if single else 64], single=single)
         bodies = tuple(row_body(row) for row in rows)
         keys_of = RowKeys(bundle.contract)
         hashes = [keys_of.of([row.tobytes()], 1)[0] for row in rows]
@@ -149,7 +167,7 @@ def _run(
                 bundle,
                 connections=_CONNECTIONS,
                 deadline_s=10.0,
-                looking=pace,
+                pace=pace,
                 stage=lambda words, what=what: say(f"{what}: {words}"),  # type: ignore[misc]
             )
             client_s = _client_s(constant, bodies[0], costs.pace, pace)
@@ -320,6 +338,7 @@ def _section(
         targets.append(at_most(words, worst, 0.15))
     off_size = max(abs(predicted / real - 1) for predicted, real in sizes.values())
     targets.append(at_most("table size: predicted against real, off by", off_size, 0.05))
+    took = ", ".join(f"{1e3 * costs.model.row_s:.2g}" for costs in measured.values())
     quick = [one for case in cases for one in case.quickness]
     quickness, least, most = median(quick), min(quick), max(quick)
     source = (
@@ -339,6 +358,7 @@ def _section(
             f"was measured: median {quickness:.2f}, from {least:.2f} to {most:.2f}); looks during which "
             f"more than {MOST_STOLEN:.0%} of the CPU time was taken from the machine were done again, up to "
             f"{LOOKS - 1} times each ({again} in all). "
+            f"A row takes {took} ms of the models, in large batches and as the advisor measured it. "
             "Load from bench/load.py on the same CPUs, which takes "
             f"{client_s * 1e6:.1f} us of CPU time for a request; the prediction counts that in, and the CPUs that "
             f"other programs took meanwhile. Traces {source}."

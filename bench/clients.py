@@ -101,12 +101,21 @@ _RESULT: Final = re.compile(
 )
 
 
-class Speed(Struct, frozen=True):
-    """What one measurement saw in its window of ``seconds``."""
+class Counted(Struct, frozen=True):
+    """Replies of any kind, and the ``seconds`` in which they came."""
 
     requests: int
-    """Replies of any kind."""
     seconds: float
+
+    @property
+    def requests_per_s(self) -> float:
+        """Replies per second."""
+        return self.requests / self.seconds
+
+
+class Speed(Counted, frozen=True):
+    """What one measurement saw in its window."""
+
     p50_ms: float
     p99_ms: float
     replies: int
@@ -114,27 +123,14 @@ class Speed(Struct, frozen=True):
     failed: int = 0
     """Replies that are not a 200, and requests without a reply."""
 
-    @property
-    def requests_per_s(self) -> float:
-        """Replies per second."""
-        return self.requests / self.seconds
 
-
-class Replay(Struct, frozen=True):
+class Replay(Counted, frozen=True):
     """What came of requests in a given order, each once, or as many as there was time for."""
 
-    requests: int
-    """Replies."""
-    seconds: float
     whole: bool
     """Whether all have been sent."""
     marked_s: float = 0.0
     """Until the request was sent that was to be marked; 0 where it was not."""
-
-    @property
-    def requests_per_s(self) -> float:
-        """Replies per second."""
-        return self.requests / self.seconds
 
 
 class Client(Protocol):

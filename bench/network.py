@@ -25,7 +25,8 @@ _CHANNELS: Final = 32
 _SEED: Final = 7
 
 _TRIED: Final = 7
-"""Convolutions that are tried to see how long one takes."""
+"""Convolutions that are tried first to see how long one takes."""
+_TRIES: Final = 3
 _CALLS: Final = 100
 
 Rows = npt.NDArray[np.float32]
@@ -111,10 +112,16 @@ def packed_network(
 
 
 def convolutions_of(folder: Path, row_s: float, batch: int) -> int:
-    """So many convolutions take a row about ``row_s`` on all CPUs of this machine, in batches of so many rows."""
-    tried_s = seconds_a_row(packed_network(folder, _TRIED, rows_of(batch)), batch)
-    # The first one has one channel to read, and takes next to nothing.
-    return 1 + round((_TRIED - 1) * row_s / tried_s)
+    """So many convolutions take a row about ``row_s`` on all CPUs of this machine, in batches of so many rows.
+
+    Told by some, and then by as many as that would be.
+    """
+    layers = _TRIED
+    for number in range(_TRIES):
+        bundle = packed_network(folder / str(number), layers, rows_of(batch), single=batch == 1)
+        # The first one has one channel to read, and takes next to nothing.
+        layers = 1 + max(round((layers - 1) * row_s / seconds_a_row(bundle, batch)), 1)
+    return layers
 
 
 def seconds_a_row(bundle: StoredBundle, batch: int) -> float:

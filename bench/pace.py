@@ -51,8 +51,8 @@ _MODELS: Final = ((6, 1), (6, 8), (80, 1))
 _TURN_S: Final = 0.1
 _BATCH: Final = 8
 _BESIDE_S: Final = 1.0
-_PROVEN: Final = 20
-"""Larger networks are not proved when they are packed: that would take minutes."""
+_MOST_PROVED: Final = 20
+"""Networks of more convolutions are packed without the proof, which would take minutes."""
 
 
 def main() -> None:
@@ -141,7 +141,7 @@ def _static(bundle: StoredBundle, rows: Rows) -> list[str]:
 
 def _cost(folder: Path, layers: int, rows: int, seconds: float) -> float:
     """The mean time of a call while the pace is looked at, in ratio to before: the median of all turns."""
-    bundle = packed_network(folder / f"{layers}-{rows}", layers, rows_of(8), single=layers > _PROVEN)
+    bundle = packed_network(folder / f"{layers}-{rows}", layers, rows_of(8), single=layers > _MOST_PROVED)
     examples, session = examples_of(bundle), Session(bundle, threads=cpu.quota())
     raws = batch_of(examples, rows)
     before = set(with_descendants(os.getpid()))

@@ -142,7 +142,7 @@ def test_what_was_measured_is_told_at_the_mean_pace(
     monkeypatch.setattr(module, "Pace", twice)
 
     with _Quick() as pace:
-        costs = measure(doubler_bundle, connections=4, deadline_s=1.0, looking=pace)
+        costs = measure(doubler_bundle, connections=4, deadline_s=1.0, pace=pace)
         # It goes on for whoever looked at it before.
         assert pace.whole
 

@@ -163,7 +163,8 @@ class Costs:
     most_batch_rows: int
     """The largest batch that the server would run."""
     scatter: float = 0.0
-    """Standard deviation of the logarithm of latencies among many connections, where each request costs the same."""
+    """Standard deviation of the logarithm of latencies among many connections, where each request costs the same: of
+    lognormal ones whose mean is as far above their median."""
     pace: float = 0.0
     """How quick the machine was on average, which is what all times are for; 0 where that could not be seen."""
     unsteady: float = 0.0

@@ -1,12 +1,14 @@
 """Follow requests through front and model, event by event: what throughput and latency would be.
 
-The model of the server: each front is one thread and answers in the order of arrival. A request from the table is
-done there; any other waits for the model. At the end of a turn of the front's event loop (it has answered
-everybody who had come when the turn began) all who wait go as one batch, if the model is free. In a process of its
-own the model works beside the front, and hits never wait for it; in the front it holds everybody up. The same key
-is computed once for all who wait for it, where ``keys`` are told apart. While more threads want to run than there
-are cores, each gets its share (processor sharing). How quick things go changes every few milliseconds, as it does
-where a scheduler moves threads about: lognormally, by as much as latencies were seen to scatter.
+The model of the server: each front is one thread and reads requests in the order of arrival. At the end of a turn of
+the front's event loop (it has read whatever had come when the turn began) those found in the table are answered, one
+after another, and all others go as one batch, if the model is free. In a process of its own the model works beside
+the front, and hits never wait for it; in the front it holds everybody up. The same key is computed once for all who
+wait for it, where ``keys`` are told apart. While more threads want to run than there are cores, each gets its share
+(processor sharing). But a model on several threads stands still where another thread takes a core from one of them
+for a moment: after every step of its network all of them wait for the last. How quick things go changes every few
+milliseconds, as it does where a scheduler moves threads about: lognormally, by as much as latencies were seen to
+scatter.
 
 What it leaves out: several fronts are taken for one that is as much quicker; other programs on the machine, the
 spread of the model's time around its median, refusals by deadline, and requests of many rows.
@@ -30,7 +32,10 @@ _ARRIVE, _RECEIVE, _BATCH, _BACK, _ANSWER = 0, 1, 2, 3, 4
 _NEVER: Final = float("inf")
 _SEED: Final = 0
 _HELD_S: Final = 0.002
-"""How long a pace lasts at least: about as long as a scheduler lets a thread have a CPU."""
+"""About as long as a scheduler lets a thread have a CPU: how long a pace lasts at least, and for how long others keep a
+core from a model before cores are shared."""
+_IN_A_ROW: Final = 32
+"""Most hits that wait for the end of a turn."""
 _BLOCK: Final = 16
 
 
@@ -112,12 +117,12 @@ class _Simulation:
         self._costs = costs
         self._load = load
         self._answers = answers
-        self._hit_s = front.hit_s / quicker
         # Half of it when the request comes, half when its answer goes.
+        self._hit_s = front.hit_s / quicker / 2
         self._miss_s = (front.miss_s + (front.learn_s if answers.key is not None else 0.0)) / quicker / 2
         self._turn_s = front.turn_s / quicker
         self._batch_s = front.batch_s / quicker
-        self._slower_s = front.hit_s - self._hit_s
+        self._slower_s = front.hit_s * (1 - 1 / quicker)
         self._wire_s = front.wire_s / 2
         self._hop_s = front.hop_s / 2
         self._client_s = client_s
@@ -128,6 +133,8 @@ class _Simulation:
         self._held_s = max(_HELD_S, costs.model.one_s / 10)
         self._pace, self._pace_until = 1.0, 0.0
         self._weights = (1.0 * quicker, float(costs.threads), 1.0)
+        self._fair, self._bursts = _shares(self._weights, costs.cores)
+        self._burst_until = _NEVER
         self._now = 0.0
         self._left = [_NEVER, _NEVER, _NEVER]
         self._job: list[tuple[int, int]] = [(0, 0)] * 3
@@ -139,6 +146,7 @@ class _Simulation:
         self._client: deque[int] = deque()
         self._waiting: deque[int] = deque()
         self._running: list[int] = []
+        self._found: list[int] = []
         self._landing: deque[int] = deque()
         self._model_free = True
         self._flights: dict[int, list[int]] = {}
@@ -184,25 +192,34 @@ class _Simulation:
 
     def _step(self) -> None:
         """Go on to whatever happens next."""
-        left = self._left
-        wanted = sum(weight for weight, rest in zip(self._weights, left, strict=True) if rest != _NEVER)
+        front_s, model_s, client_s = left = self._left
         if self._now >= self._pace_until:
             self._change_pace()
-        share = (min(1.0, self._costs.cores / wanted) if wanted else 1.0) * self._pace
-        least = min(left)
+        at = 4 * (front_s != _NEVER) + 2 * (model_s != _NEVER) + (client_s != _NEVER)
+        shares, change_s = self._fair[at], self._pace_until
+        if (burst := self._bursts[at]) is None:
+            self._burst_until = _NEVER
+        else:
+            if self._burst_until == _NEVER:
+                self._burst_until = self._now + _HELD_S
+            if self._now < self._burst_until:
+                shares, change_s = burst, min(change_s, self._burst_until)
+        ends = [
+            self._now + rest / (share * self._pace) if share else _NEVER
+            for rest, share in zip(left, shares, strict=True)
+        ]
+        first_s = min(ends)
         event_s = self._events[0][0] if self._events else _NEVER
-        next_s = min(event_s, self._now + least / share)
-        if wanted and self._pace_until < next_s:
-            self._pass((self._pace_until - self._now) * share, share)
-            self._change_pace()
+        if at and change_s < min(event_s, first_s):
+            self._pass(change_s, shares)
             return
-        if least != _NEVER and self._now + least / share <= event_s:
-            station = left.index(least)
-            self._pass(least, share)
+        if first_s != _NEVER and first_s <= event_s:
+            station = ends.index(first_s)
+            self._pass(first_s, shares)
             left[station] = _NEVER
             self._finished(station)
             return
-        self._pass((event_s - self._now) * share, share)
+        self._pass(event_s, shares)
         _, _, kind, item = heapq.heappop(self._events)
         if kind == _ARRIVE:
             self._send()
@@ -230,10 +247,12 @@ class _Simulation:
             if at < len(self._paces) - 1:
                 self._pace_until = min(self._pace_until, (at + 1) * self._pace_s)
 
-    def _pass(self, work_s: float, share: float) -> None:
-        self._now += work_s / share
+    def _pass(self, until_s: float, shares: Sequence[float]) -> None:
+        passed_s = (until_s - self._now) * self._pace
+        self._now = until_s
         for station, rest in enumerate(self._left):
             if rest != _NEVER:
+                work_s = passed_s * shares[station]
                 self._left[station] = max(rest - work_s, 0.0)
                 self._busy_s[station] += work_s
 
@@ -290,13 +309,15 @@ class _Simulation:
             return
         if kind == _BATCH:
             self._land()
-        elif kind == _ANSWER or self._hits[number]:
+        elif kind == _ANSWER:
             self._reply(number)
+        elif self._hits[number]:
+            self._found.append(number)
+            if len(self._found) >= _IN_A_ROW:
+                self._send_found()
         else:
             self._wait(number)
-        if self._landing:
-            # One answer after another goes out: who gets the first asks again while the last is written.
-            self._start(_FRONT, self._miss_s, (_ANSWER, self._landing.popleft()))
+        if self._answers_next():
             return
         if self._turn:
             self._queue.popleft()
@@ -304,9 +325,24 @@ class _Simulation:
             if self._turn:
                 self._next()
                 return
+        self._send_found()
+        if self._answers_next():
+            return
         if self._waiting and self._model_free and self._dispatch():
             return
         self._begin_turn()
+
+    def _send_found(self) -> None:
+        self._landing.extend(self._found)
+        self._found.clear()
+
+    def _answers_next(self) -> bool:
+        """One answer after another goes out: who gets the first asks again while the last is written."""
+        if not self._landing:
+            return False
+        number = self._landing.popleft()
+        self._start(_FRONT, self._hit_s if self._hits[number] else self._miss_s, (_ANSWER, number))
+        return True
 
     def _wait(self, number: int) -> None:
         """Queue a request for the model, or let it wait for one of the same key that is under way."""
@@ -367,6 +403,27 @@ class _Simulation:
         self._latency[number] = self._now - self._sent[number]
         self._ended.append(number)
         self._done += 1
+
+
+def _shares(
+    weights: Sequence[float], cores: float
+) -> tuple[list[tuple[float, ...]], list[tuple[float, ...] | None]]:
+    """How quick each station is, by who is at work (4: the front, 2: the model, 1: the client; 0 for who is not).
+
+    First where cores are shared by threads, then for a moment in which others keep cores from a model on several
+    threads; None where they do not.
+    """
+    fair: list[tuple[float, ...]] = []
+    bursts: list[tuple[float, ...] | None] = []
+    for at in range(8):
+        busy = [weight if at & 4 >> station else 0.0 for station, weight in enumerate(weights)]
+        others = busy[_FRONT] + busy[_CLIENT]
+        share = min(1.0, cores / sum(busy)) if at else 0.0
+        fair.append(tuple(share if weight else 0.0 for weight in busy))
+        kept = share < 1 and others > 0 and busy[_MODEL] > 1
+        alone = min(1.0, cores / others) if kept else 0.0
+        bursts.append(tuple(alone if busy[i] and i != _MODEL else 0.0 for i in range(3)) if kept else None)
+    return fair, bursts
 
 
 def _spells(sigma: float) -> Iterator[float]:

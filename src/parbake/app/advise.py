@@ -212,8 +212,8 @@ def advise(
 ) -> Advice:
     """Measure the bundle on this machine, predict what each way of serving would do, and choose.
 
-    Takes a quarter of a minute; ``stage`` is told what is under way. Raises what reading the bundle and starting a
-    server for the measurement raise.
+    Takes a quarter to half a minute, longer for a slow model; ``stage`` is told what is under way. Raises what reading
+    the bundle and starting a server for the measurement raise.
     """
     stored = read_bundle(bundle)
     promise = promise_of(stored.contract, deadline_ms)

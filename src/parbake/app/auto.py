@@ -139,7 +139,7 @@ async def ask(question: Question) -> Advised:
 
 
 def answer(question: Question) -> Advised:
-    """Measure, predict and choose; takes some seconds."""
+    """Measure, predict and choose; takes a quarter to half a minute, longer for a slow model."""
     from parbake.advisor.choose import choose
     from parbake.advisor.model import Load, Prices
     from parbake.advisor.predict import Question as Predicted

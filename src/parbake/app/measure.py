@@ -17,9 +17,10 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import cycle
 from pathlib import Path
+from statistics import median
 from typing import IO, Any, Final
 
 import msgspec
@@ -62,8 +63,8 @@ _MANY: Final = 8192
 _HELD_OF: Final = 4
 """Rows that are asked for, for each that the learned head holds."""
 _RUN_S: Final = 0.2
-_ONE_SIGMA: Final = (0.1587, 0.8413)
-"""One standard deviation below and above the mean, of a normal distribution."""
+_FAR_OUT: Final = 0.99
+"""Latencies above this quantile are taken for the quantile: a machine that stands still for a moment is no scatter."""
 _MOST_SCATTER: Final = 1.0
 _STEADY_S: Final = 0.5
 """How long the parts are whose paces are compared to tell how steady the machine is."""
@@ -237,22 +238,23 @@ def measure(
     fronts: int = 0,
     allow_pickle: bool = False,
     stage: Stage = lambda words: None,
-    looking: Pace | None = None,
+    pace: Pace | None = None,
 ) -> Costs:
     """Everything that `Costs` says: of the model in this process, of the front in a server for that.
 
-    It takes about a quarter of a minute, and longer for models of more than some 10 ms a row.
+    It takes a quarter to half a minute, and longer for a slow model.
 
-    Each time is corrected by how quick the machine was just then, in ratio to its mean pace. Who is ``looking`` at
-    that already says so: to look twice as often is to slow down what is measured.
+    Each time is corrected by how quick the machine was just then, in ratio to its mean pace. Who looks at its
+    ``pace`` already says so: to look twice as often is to slow down what is measured.
 
     Raises `NotReady` where no server can be started or a process ends meanwhile, `BundleError` where the bundle
-    cannot be loaded.
+    cannot be loaded, `NotAllowed` where it has a pickle that may not be, and `PackRefused` where it has no goldens to
+    measure with.
     """
     examples = examples_of(bundle)
     cores = cpu.quota()
     wanted = max(1, cores)
-    with tempfile.TemporaryDirectory(prefix="parbake-advise-") as name, _pace(looking) as pace:
+    with tempfile.TemporaryDirectory(prefix="parbake-advise-") as name, _looking(pace) as pace:
         folder = Path(name)
         row_bytes = table_row_bytes(bundle.contract, examples, folder)
         stage("the model")
@@ -297,8 +299,8 @@ def measure(
     )
 
 
-def _pace(looking: Pace | None) -> AbstractContextManager[Pace]:
-    return Pace() if looking is None else nullcontext(looking)
+def _looking(pace: Pace | None) -> AbstractContextManager[Pace]:
+    return Pace() if pace is None else nullcontext(pace)
 
 
 def _columns(
@@ -503,7 +505,6 @@ def _get(port: int, path: str, token: str) -> bytes:
 class _Run:
     """All times are those at a pace of 1."""
 
-    requests: int
     p50_s: float
     cpu_s: float
     """CPU time of the fronts per request."""
@@ -511,7 +512,7 @@ class _Run:
     kept: float
     """Share of the requests that were answered without the model."""
     scatter: float
-    """Standard deviation of the logarithm of the latencies, without what lies far out."""
+    """Of the latencies; as `_scatter` has it."""
 
 
 def _front_cost(
@@ -550,9 +551,7 @@ def _front_cost(
         drive("hit", many)
         for (name, count), found in zip(kinds, runs, strict=True):
             found.append(drive(name, count))
-    hits, hit, misses, miss, learned = (
-        sorted(found, key=lambda run: run.cpu_s)[len(found) // 2] for found in runs
-    )
+    hits, hit, misses, miss, learned = map(_median, runs)
     model = times.cost
     hit_s = min(hits.cpu_s, hit.cpu_s)
     turn_s = hit.cpu_s - hit_s
@@ -592,13 +591,24 @@ def _drive(server: _Server, name: str, bodies: Sequence[bytes], connections: int
         raise NotReady(f"no request to {path} was answered", retry_after_s=1.0)
     cpu_s = after_cpu - before_cpu
     return _Run(
-        len(latencies),
         quick * float(np.median(latencies)),
         quick * (float(np.median(latencies)) / connections if math.isnan(cpu_s) else cpu_s / len(latencies)),
         float(batch_rows / batches) if batches else 0.0,
         float(kept / rows) if rows else 0.0,
-        float(np.diff(np.log(np.quantile(latencies, _ONE_SIGMA)))[0] / 2),
+        _scatter(latencies),
     )
+
+
+def _median(runs: Sequence[_Run]) -> _Run:
+    """Of each figure the median."""
+    return _Run(**{field.name: median(getattr(run, field.name) for run in runs) for field in fields(_Run)})
+
+
+def _scatter(latencies: Sequence[float]) -> float:
+    """The standard deviation of the logarithm of a lognormal latency whose mean is so far above its median."""
+    usual = float(np.median(latencies))
+    mean = float(np.mean(np.minimum(latencies, np.quantile(latencies, _FAR_OUT))))
+    return math.sqrt(2 * math.log(max(mean / usual, 1.0)))
 
 
 class _Connection(asyncio.Protocol):

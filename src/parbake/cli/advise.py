@@ -140,7 +140,8 @@ def command(
     """Say which way of serving is right for a BUNDLE and its traffic, and what each would cost.
 
     The traffic is that of a trace or a prediction log; without either that of a running server, whose bundle is
-    taken too. The bundle is measured on this machine, for a quarter of a minute: predictions hold for machines like it.
+    taken too. The bundle is measured on this machine, which takes a quarter to half a minute, longer for a slow
+    model: predictions hold for machines like it.
     """
     from parbake.advisor.model import Load, Prices
     from parbake.app.advise import Asked, advise, asked_in_log, asked_in_trace, asked_of_server

@@ -110,7 +110,9 @@ class Pace:
             content = path.read_bytes() if path.exists() else b""
             looks = np.frombuffer(content[: len(content) // LOOK.size * LOOK.size], np.float64).reshape(-1, 2)
             first = min(int(np.searchsorted(looks[:, 0], since)), max(len(looks) - 2 * _ENOUGH_LOOKS, 0))
-            found.append(_sound(looks[first:]))
+            sound = _sound(looks[first:])
+            # Of a clock with coarse steps most looks are worth nothing.
+            found.append(sound if len(sound) >= _ENOUGH_LOOKS else _sound(looks))
         return found
 
     def _starts(self) -> bool:

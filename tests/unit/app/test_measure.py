@@ -10,12 +10,14 @@ import pytest
 
 from parbake.advisor.model import BatchTime, Costs, ModelCost
 from parbake.app import measure as module
-from parbake.app.measure import Examples, _front_cost, _ModelTimes
+from parbake.app.measure import Examples, _front_cost, _ModelTimes, _scatter
 
-_LATENCIES = [2e-3] * 50 + [4e-3] * 50
+_LATENCIES = [2e-3] * 75 + [4e-3] * 25
 
 
-def _front(monkeypatch: pytest.MonkeyPatch, pace: float, cpu_s: list[float]) -> Any:
+def _front(
+    monkeypatch: pytest.MonkeyPatch, pace: float, cpu_s: list[float], looks: list[int] | None = None
+) -> Any:
     async def ask(*words: object) -> list[float]:
         return _LATENCIES
 
@@ -25,7 +27,8 @@ def _front(monkeypatch: pytest.MonkeyPatch, pace: float, cpu_s: list[float]) -> 
     server = SimpleNamespace(port=0, front_pids=(1,), inline=False, counts=lambda name: np.zeros(4))
     paced = SimpleNamespace(between=lambda since: pace)
     model = ModelCost(0.0, 1e-5, (BatchTime(1, 1e-5, 1e-5),))
-    times = SimpleNamespace(look=lambda stage: None, cost=model)
+    seen = [] if looks is None else looks
+    times = SimpleNamespace(look=lambda stage: seen.append(len(seen)), cost=model)
     return _front_cost(
         cast(Any, server),
         cast(Any, times),
@@ -45,7 +48,8 @@ def test_what_is_seen_at_twice_the_pace_is_twice_the_work(monkeypatch: pytest.Mo
     assert usual.hit_s == pytest.approx(1e-3)
     assert quick.hit_s == pytest.approx(2e-3)
     assert quick.wire_s == pytest.approx(2 * usual.wire_s)
-    assert scatter == also == pytest.approx(np.log(2) / 2)
+    # A mean of 2.5 ms and a median of 2.
+    assert scatter == also == pytest.approx(np.sqrt(2 * np.log(1.25)))
 
 
 def test_where_cpu_times_cannot_be_read_the_costs_are_numbers_that_can_be_written(
@@ -57,6 +61,33 @@ def test_where_cpu_times_cannot_be_read_the_costs_are_numbers_that_can_be_writte
     costs = Costs(model, front, False, 1, 1, 2.0, 40.0, 400.0, 64, scatter)
 
     assert msgspec.json.decode(msgspec.json.encode(costs), type=Costs) == costs
+
+
+@pytest.mark.parametrize("long_s", [module._LONG_S, 0.0])
+def test_a_pass_that_was_disturbed_changes_nothing_and_a_slow_model_has_fewer(
+    monkeypatch: pytest.MonkeyPatch, long_s: float
+) -> None:
+    passes = module._PASSES if long_s else module._FEWEST_PASSES
+    runs_of_a_pass = 6
+    monkeypatch.setattr(module, "_LONG_S", long_s)
+    usual, _ = _front(monkeypatch, 1.0, [0.0, 0.1])
+    looks: list[int] = []
+
+    # Three runs come before the first pass.
+    disturbed = [0.0, 0.1] * (3 + runs_of_a_pass) + [0.0, 9.0] * runs_of_a_pass + [0.0, 0.1] * 99
+    found, _ = _front(monkeypatch, 1.0, disturbed, looks)
+
+    assert found == usual
+    assert len(looks) == passes
+
+
+def test_scatter_is_that_of_a_lognormal_and_a_moment_of_standing_still_is_none() -> None:
+    latencies = np.random.default_rng(0).lognormal(-8, 0.5, 20_000)
+    stood = np.concatenate([latencies, np.full(32, 0.05)])
+
+    assert _scatter(latencies.tolist()) == pytest.approx(0.5, abs=0.03)
+    assert _scatter(stood.tolist()) == pytest.approx(0.5, abs=0.03)
+    assert _scatter([1e-3] * 100) == pytest.approx(0, abs=1e-6)
 
 
 def test_calls_of_the_model_are_told_at_a_pace_of_1() -> None:
