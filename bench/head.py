@@ -57,7 +57,7 @@ _FRESH_S: Final = 4.0
 _COST_ROUNDS: Final = 8
 """What costs a few per cent takes so many times as many rounds as the rest to be seen."""
 _IDLE_ROUNDS: Final = 2
-"""Likewise."""
+"""So many times as many rounds of idle moments: each look is short."""
 _RELEASES: Final = 3
 """At most: each takes half a minute."""
 _FEW: Final = 4
@@ -114,7 +114,7 @@ def run(
         f"rounds with and without a head ({min(rounds, _LATENCY_ROUNDS)} more for the latencies), {many} of what it "
         f"costs, {often} of idle moments and {releases} releases. Except for releases: ratios to the mean of the other "
         "way before and after, what it costs at the same pace of the machine "
-        "(`parbake.runtime.pace`); looks of theirs during which more than "
+        "(`parbake.runtime.pace`); looks during which more than "
         f"{MOST_STOLEN:.0%} of the CPU time was taken from the machine were done again, up to {LOOKS - 1} times each "
         f"({quiet.again} in all).",
         (table, gain, costs, idle, release),
@@ -191,11 +191,11 @@ def _gain(
             theft = Stolen()
             found = client.replay(server.port, _PATH, bodies, trace.keys, _CONNECTIONS, length(mode), learnt)
             share = theft.share()
-        whole(mode, found)
+        must_be_whole(mode, found)
         after = (found.requests - learnt) / (found.seconds - found.marked_s) if found.marked_s else 0.0
         return _Rates(found.requests_per_s, after), share
 
-    def whole(mode: str, found: Replay | Measured) -> None:
+    def must_be_whole(mode: str, found: Replay | Measured) -> None:
         if mode == "hybrid" and not found.whole:
             raise RuntimeError(
                 f"{found.requests:,} of the {len(trace.keys):,} requests of {trace.name} were answered in "
@@ -216,7 +216,7 @@ def _gain(
                 warm_up_s=0.0,
             )
             found, share = _sound(put(load)), theft.share()
-        whole(mode, found)
+        must_be_whole(mode, found)
         return found, share
 
     ways = (partial(rates, "dynamic"), partial(rates, "hybrid"))
@@ -356,14 +356,12 @@ def _idle(
     """
     count = 1000
     bodies = tuple(row_body(row) for row in rows[:count])
-    warmed: list[float] = []
 
-    def look(server: Server) -> tuple[Measured, float]:
+    def look(server: Server) -> tuple[tuple[Measured, float], float]:
         theft, before, started = Stolen(), rows_warmed(server.url), time.monotonic()
         found = _put(server, bodies, range(count), fresh_s, _FEW)
-        if server is busy:
-            warmed.append((rows_warmed(server.url) - before) / (time.monotonic() - started))
-        return found, theft.share()
+        warmed = (rows_warmed(server.url) - before) / (time.monotonic() - started)
+        return (found, warmed), theft.share()
 
     with (
         serving(bundle, mode="hybrid", workers=1, head_rows=count) as still,
@@ -372,8 +370,10 @@ def _idle(
         for server in (still, busy):
             _put(server, bodies, range(count), 2 * fresh_s, _FEW)
         ways = (partial(look, still), partial(look, busy))
-        usual, baking = _in_turn(*ways, rounds, quiet, "baking in idle moments", say)
-    again = f"each row lasts {fresh_s:g} s, {median(warmed):,.0f} rows/s baked again in idle moments"
+        looks = _in_turn(*ways, rounds, quiet, "baking in idle moments", say)
+    usual, baking = ([found for found, _ in some] for some in looks)
+    warmed = median(rows_per_s for _, rows_per_s in looks[1])
+    again = f"each row lasts {fresh_s:g} s, {warmed:,.0f} rows/s baked again in idle moments"
     lines = tuple(
         (
             what,

@@ -40,11 +40,12 @@ def packed_network(
     freshness_s: float | None = None,
     *,
     single: bool = False,
+    proved: bool = True,
 ) -> StoredBundle:
     """A network that takes the longer the more convolutions it has, for each row alike.
 
-    A ``single`` one is exported for one row at a time, as large networks often are, and its bundle is without the
-    proof that packing gives: to run a slow model thousands of times takes minutes.
+    A ``single`` one is exported for one row at a time, as large networks often are. Its bundle is without the proof
+    that packing gives, as is one that need not be ``proved``: to run a slow model thousands of times takes minutes.
     """
     import onnx
     from onnx import TensorProto, helper, numpy_helper
@@ -97,8 +98,8 @@ def packed_network(
     folder.mkdir(parents=True)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     onnx.save(model, folder / "model.onnx")
-    if single:
-        return _unproven(folder, example)
+    if single or not proved:
+        return _unproved(folder, example, single)
     bundle = parbake.pack(
         folder / "model.onnx",
         name="eta",
@@ -114,11 +115,11 @@ def packed_network(
 def convolutions_of(folder: Path, row_s: float, batch: int) -> int:
     """So many convolutions take a row about ``row_s`` on all CPUs of this machine, in batches of so many rows.
 
-    Told by some, and then by as many as that would be.
+    Told by some, and then by as many as that would be, again and again.
     """
     layers = _TRIED
     for number in range(_TRIES):
-        bundle = packed_network(folder / str(number), layers, rows_of(batch), single=batch == 1)
+        bundle = packed_network(folder / str(number), layers, rows_of(batch), single=batch == 1, proved=False)
         # The first one has one channel to read, and takes next to nothing.
         layers = 1 + max(round((layers - 1) * row_s / seconds_a_row(bundle, batch)), 1)
     return layers
@@ -136,8 +137,8 @@ def seconds_a_row(bundle: StoredBundle, batch: int) -> float:
     return median(times) / batch
 
 
-def _unproven(folder: Path, example: Rows) -> StoredBundle:
-    """The bundle of a network that takes one row at a time."""
+def _unproved(folder: Path, example: Rows, single: bool) -> StoredBundle:
+    """The bundle of a network, as if it had been proved."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
@@ -150,7 +151,7 @@ def _unproven(folder: Path, example: Rows) -> StoredBundle:
         purpose="measured by bench/",
         owner="bench@parbake.example",
         tolerance=Tolerance(rtol=1e-3, atol=1e-4),
-        batch=Batch(dimension="one"),
+        batch=Batch(dimension="one") if single else Batch(),
     )
     return write_bundle(
         folder / "eta.bundle",

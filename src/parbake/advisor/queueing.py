@@ -10,8 +10,9 @@ for a moment: after every step of its network all of them wait for the last. How
 milliseconds, as it does where a scheduler moves threads about: lognormally, by as much as latencies were seen to
 scatter.
 
-What it leaves out: several fronts are taken for one that is as much quicker; other programs on the machine, the
-spread of the model's time around its median, refusals by deadline, and requests of many rows.
+What it leaves out: several fronts are taken for one that is as much quicker; a batch goes before the hits of its turn
+if one of its rows was read first; other programs on the machine, the spread of the model's time around its median,
+refusals by deadline, and requests of many rows.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ import numpy as np
 from parbake.advisor.model import Costs, Load
 
 _FRONT, _MODEL, _CLIENT = 0, 1, 2
+_MODEL_ALONE: Final = 2
+"""Who is at work, as `_shares` counts it."""
 _ARRIVE, _RECEIVE, _BATCH, _BACK, _ANSWER = 0, 1, 2, 3, 4
 _NEVER: Final = float("inf")
 _SEED: Final = 0
@@ -35,7 +38,7 @@ _HELD_S: Final = 0.002
 """About as long as a scheduler lets a thread have a CPU: how long a pace lasts at least, and for how long others keep a
 core from a model before cores are shared."""
 _IN_A_ROW: Final = 32
-"""Most hits that wait for the end of a turn."""
+"""Most hits that wait for the end of a turn, as in `parbake.transports.http.one_row`."""
 _BLOCK: Final = 16
 
 
@@ -130,11 +133,11 @@ class _Simulation:
         self._scatter = costs.scatter
         self._spells = _spells(costs.scatter)
         # Of a slow model spells would be many and change nothing.
-        self._held_s = max(_HELD_S, costs.model.one_s / 10)
+        self._spell_s = max(_HELD_S, costs.model.one_s / 10)
         self._pace, self._pace_until = 1.0, 0.0
         self._weights = (1.0 * quicker, float(costs.threads), 1.0)
         self._fair, self._bursts = _shares(self._weights, costs.cores)
-        self._burst_until = _NEVER
+        self._stood_s = 0.0
         self._now = 0.0
         self._left = [_NEVER, _NEVER, _NEVER]
         self._job: list[tuple[int, int]] = [(0, 0)] * 3
@@ -195,31 +198,33 @@ class _Simulation:
         front_s, model_s, client_s = left = self._left
         if self._now >= self._pace_until:
             self._change_pace()
-        at = 4 * (front_s != _NEVER) + 2 * (model_s != _NEVER) + (client_s != _NEVER)
-        shares, change_s = self._fair[at], self._pace_until
-        if (burst := self._bursts[at]) is None:
-            self._burst_until = _NEVER
-        else:
-            if self._burst_until == _NEVER:
-                self._burst_until = self._now + _HELD_S
-            if self._now < self._burst_until:
-                shares, change_s = burst, min(change_s, self._burst_until)
+        at_work = 4 * (front_s != _NEVER) + 2 * (model_s != _NEVER) + (client_s != _NEVER)
+        shares, change_s = self._fair[at_work], self._pace_until
+        burst, burst_until = self._bursts[at_work], _NEVER
+        if burst is not None and self._stood_s < _HELD_S:
+            shares, burst_until = burst, self._now + (_HELD_S - self._stood_s)
+            change_s = min(change_s, burst_until)
         ends = [
             self._now + rest / (share * self._pace) if share else _NEVER
             for rest, share in zip(left, shares, strict=True)
         ]
         first_s = min(ends)
         event_s = self._events[0][0] if self._events else _NEVER
-        if at and change_s < min(event_s, first_s):
-            self._pass(change_s, shares)
+        next_s = min(first_s, event_s)
+        if at_work and change_s < next_s:
+            next_s = change_s
+        if burst_until != _NEVER:
+            self._stood_s = _HELD_S if next_s >= burst_until else self._stood_s + next_s - self._now
+        elif at_work == _MODEL_ALONE:
+            self._stood_s = max(self._stood_s - (next_s - self._now), 0.0)
+        self._pass(next_s, shares)
+        if next_s < min(first_s, event_s):
             return
         if first_s != _NEVER and first_s <= event_s:
             station = ends.index(first_s)
-            self._pass(first_s, shares)
             left[station] = _NEVER
             self._finished(station)
             return
-        self._pass(event_s, shares)
         _, _, kind, item = heapq.heappop(self._events)
         if kind == _ARRIVE:
             self._send()
@@ -240,7 +245,7 @@ class _Simulation:
         # A request that is alone meets nobody: what it costs was measured that way.
         scattered = self._scatter > 0 and len(self._sent) - self._done > 1
         self._pace = next(self._spells) if scattered else 1.0
-        self._pace_until = self._now + self._held_s if self._scatter > 0 else _NEVER
+        self._pace_until = self._now + self._spell_s if self._scatter > 0 else _NEVER
         if self._paces:
             at = min(int(self._now / self._pace_s + 1e-6), len(self._paces) - 1)
             self._pace *= self._paces[at]
@@ -408,19 +413,19 @@ class _Simulation:
 def _shares(
     weights: Sequence[float], cores: float
 ) -> tuple[list[tuple[float, ...]], list[tuple[float, ...] | None]]:
-    """How quick each station is, by who is at work (4: the front, 2: the model, 1: the client; 0 for who is not).
+    """How quick each station is, by who is at work: 4 for the front, 2 for the model, 1 for the client, added up.
 
-    First where cores are shared by threads, then for a moment in which others keep cores from a model on several
-    threads; None where they do not.
+    First where cores are shared by threads, then for a moment in which others keep a whole core or more from a model on
+    several threads; None where they do not.
     """
     fair: list[tuple[float, ...]] = []
     bursts: list[tuple[float, ...] | None] = []
-    for at in range(8):
-        busy = [weight if at & 4 >> station else 0.0 for station, weight in enumerate(weights)]
+    for at_work in range(8):
+        busy = [weight if at_work & 4 >> station else 0.0 for station, weight in enumerate(weights)]
         others = busy[_FRONT] + busy[_CLIENT]
-        share = min(1.0, cores / sum(busy)) if at else 0.0
+        share = min(1.0, cores / sum(busy)) if at_work else 0.0
         fair.append(tuple(share if weight else 0.0 for weight in busy))
-        kept = share < 1 and others > 0 and busy[_MODEL] > 1
+        kept = others > 0 and busy[_MODEL] > 1 and cores - others <= busy[_MODEL] - 1
         alone = min(1.0, cores / others) if kept else 0.0
         bursts.append(tuple(alone if busy[i] and i != _MODEL else 0.0 for i in range(3)) if kept else None)
     return fair, bursts

@@ -63,8 +63,10 @@ _MANY: Final = 8192
 _HELD_OF: Final = 4
 """Rows that are asked for, for each that the learned head holds."""
 _RUN_S: Final = 0.2
-_FAR_OUT: Final = 0.99
-"""Latencies above this quantile are taken for the quantile: a machine that stands still for a moment is no scatter."""
+_FAR_OUT: Final = 0.01
+"""Share of the latencies that are taken for the one below them: a machine that stands still for a moment, which all
+connections feel, is no scatter. More of them where there are few latencies for each connection."""
+_MOST_FAR_OUT: Final = 0.1
 _MOST_SCATTER: Final = 1.0
 _STEADY_S: Final = 0.5
 """How long the parts are whose paces are compared to tell how steady the machine is."""
@@ -595,7 +597,7 @@ def _drive(server: _Server, name: str, bodies: Sequence[bytes], connections: int
         quick * (float(np.median(latencies)) / connections if math.isnan(cpu_s) else cpu_s / len(latencies)),
         float(batch_rows / batches) if batches else 0.0,
         float(kept / rows) if rows else 0.0,
-        _scatter(latencies),
+        _scatter(latencies, connections),
     )
 
 
@@ -604,10 +606,11 @@ def _median(runs: Sequence[_Run]) -> _Run:
     return _Run(**{field.name: median(getattr(run, field.name) for run in runs) for field in fields(_Run)})
 
 
-def _scatter(latencies: Sequence[float]) -> float:
+def _scatter(latencies: Sequence[float], connections: int) -> float:
     """The standard deviation of the logarithm of a lognormal latency whose mean is so far above its median."""
     usual = float(np.median(latencies))
-    mean = float(np.mean(np.minimum(latencies, np.quantile(latencies, _FAR_OUT))))
+    far_out = min(max(_FAR_OUT, 2 * connections / len(latencies)), _MOST_FAR_OUT)
+    mean = float(np.mean(np.minimum(latencies, np.quantile(latencies, 1 - far_out))))
     return math.sqrt(2 * math.log(max(mean / usual, 1.0)))
 
 

@@ -116,6 +116,19 @@ def test_what_goes_on_for_long_shares_the_cores_with_a_model() -> None:
     assert seen.p99_s < 5e-3 < 5e-2 < seen.model_s * 20_000 * 1.01
 
 
+@pytest.mark.parametrize("every", [3, 50])
+def test_a_front_without_rest_leaves_a_model_its_share(every: int) -> None:
+    made = costs(row_s=1e-4, cores=2.0, threads=2, most_batch_rows=1)
+
+    # Whoever has an answer asks again at once: the front rests for no time at all.
+    seen = simulate(made, Load(2), Answers(lambda n: n % every > 0, lambda n: None), requests=20_000)
+
+    # Two thirds of two cores for a model on two threads.
+    work_s = seen.model_s * seen.requests
+    assert seen.requests == 20_000
+    assert seen.seconds < 1.05 * (work_s * 3 / 2 + seen.front_s * seen.requests)
+
+
 def test_hits_are_answered_when_all_requests_of_a_turn_have_been_read() -> None:
     front = replace(FREE, hit_s=1e-4, miss_s=3e-4)
     hits = Answers(lambda number: number == 1, lambda number: None)

@@ -83,11 +83,11 @@ def test_a_pass_that_was_disturbed_changes_nothing_and_a_slow_model_has_fewer(
 
 def test_scatter_is_that_of_a_lognormal_and_a_moment_of_standing_still_is_none() -> None:
     latencies = np.random.default_rng(0).lognormal(-8, 0.5, 20_000)
-    stood = np.concatenate([latencies, np.full(32, 0.05)])
-
-    assert _scatter(latencies.tolist()) == pytest.approx(0.5, abs=0.03)
-    assert _scatter(stood.tolist()) == pytest.approx(0.5, abs=0.03)
-    assert _scatter([1e-3] * 100) == pytest.approx(0, abs=1e-6)
+    assert _scatter(latencies.tolist(), 32) == pytest.approx(0.5, abs=0.03)
+    for connections in (32, 256):
+        stood = np.concatenate([latencies[: 60 * connections], np.full(connections, 0.05)])
+        assert _scatter(stood.tolist(), connections) == pytest.approx(0.5, abs=0.08)
+    assert _scatter([1e-3] * 100, 1) == pytest.approx(0, abs=1e-6)
 
 
 def test_calls_of_the_model_are_told_at_a_pace_of_1() -> None:
