@@ -64,6 +64,18 @@ def test_what_is_asked_of_a_long_time_is_told_from_the_looks_around_it(tmp_path:
     assert pace.of(spans).tolist() == pytest.approx(_paces(_sound(made), spans).tolist())
 
 
+def test_a_clock_with_coarse_steps_tells_a_pace_by_all_looks_that_there_are(tmp_path: Path) -> None:
+    # Of 400 looks every 20th saw the clock go on: in the last moments there are next to none.
+    made = looks(*(1e-2 if at % 20 == 10 else 0.0 for at in range(400)))
+    (tmp_path / "looks").write_bytes(made.tobytes())
+    pace = Pace()
+    pace._paths, pace.seen = [tmp_path / "looks"], True
+
+    found = pace.of([(float(made[-2, 0]), float(made[-1, 0]))]).tolist()
+
+    assert found == pytest.approx([100])
+
+
 @given(
     took=st.lists(st.floats(1e-5, 1e-2), min_size=10, max_size=40),
     start=st.floats(-1, 2),
