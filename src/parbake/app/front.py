@@ -61,11 +61,11 @@ from parbake.errors import (
 from parbake.logs import log
 from parbake.monitoring.recorder import Recorder
 from parbake.monitoring.service import Monitor
+from parbake.runtime import marks
 from parbake.runtime.asleep import SleepingBackend
 from parbake.runtime.backends import InlineBackend, RunnerBackend
 from parbake.runtime.batcher import Backend, Batcher
 from parbake.runtime.costs import BatchCost
-from parbake.runtime.room import was_at_work
 from parbake.runtime.runner import check_digest, check_environment, time_one_row
 from parbake.runtime.session import Session, check_goldens
 from parbake.serving.defaults import default_record
@@ -554,12 +554,10 @@ class Front:
             if self.channel is not None:
                 self.channel.tell(Wedged(path, asked_at))
 
-        def at_work() -> bool:
-            return was_at_work(entry.marks, entry.slot)
+        def at_work(request_id: int) -> bool:
+            return marks.was_at_work(entry.marks or marks.beside(path), entry.slot, request_id)
 
-        if not entry.on_demand:
-            return RunnerBackend(entry.name, path, self._loop, wedged_s=wedged_s, on_wedged=on_wedged)
-        if entry.pinned:
+        if not entry.on_demand or entry.pinned:
             return RunnerBackend(
                 entry.name, path, self._loop, wedged_s=wedged_s, on_wedged=on_wedged, at_work=at_work
             )

@@ -49,7 +49,7 @@ class PlanEntry(Struct, frozen=True):
     group: str = ""
     """Which models may share its process, where it is loaded on demand."""
     marks: str = ""
-    """File that says which models were at work when their process ended, and ``slot`` where in it this one is."""
+    """File that says what the models of a room are at work on, and ``slot`` where in it this one is."""
     slot: int = 0
 
 

@@ -17,8 +17,9 @@ from parbake.app.residency import Residency
 from parbake.contract.bundle import StoredBundle
 from parbake.errors import NotReady, ParbakeError, RunnerDown
 from parbake.logs import log
+from parbake.runtime import marks
 from parbake.runtime.pool import RunnerPool
-from parbake.runtime.room import LOADING, MOST_MODELS, WORKING, file_bytes, read_mark
+from parbake.runtime.room import MOST_MODELS, file_bytes
 from parbake.runtime.rooms import Room
 from parbake.runtime.runner import Assignment
 
@@ -338,10 +339,10 @@ class Rooms:
         """Whose fault was it that their process ended? If none was at work, that of the one that was being loaded."""
         loading: list[RoomModel] = []
         for model in models:
-            mark = read_mark(model.entry.marks, model.entry.slot)
-            if mark == WORKING and model.state in ("loaded", "leaving"):
+            mark = marks.read(model.entry.marks, model.entry.slot)
+            if mark not in (marks.LOADING, marks.NOTHING) and model.state in ("loaded", "leaving"):
                 return
-            if mark == LOADING and model.state == "loading":
+            if mark == marks.LOADING and model.state == "loading":
                 loading.append(model)
         for model in loading:
             model.crashes += 1

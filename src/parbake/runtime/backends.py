@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import Callable, Sequence
 from time import monotonic, perf_counter
 from typing import Final
@@ -19,6 +20,8 @@ _SLOW_FROM: Final = 4
 """So many batches given up, and none answered yet: perhaps nothing hangs, and all rows are slower than goldens."""
 _PROBE_S: Final = 1.0
 """How often a runner without a batch is asked whether it is still there."""
+_FIRST_ID_BITS: Final = 63
+"""Ids of requests begin at random below this power of two: another front at the same process has others."""
 _LATE_S: Final = 1.0
 """A probe that is not answered for this long, and four of the longest batches, is a bad sign."""
 
@@ -65,7 +68,7 @@ class RunnerBackend(asyncio.Protocol):
         *,
         wedged_s: float,
         on_wedged: Callable[[float], None],
-        at_work: Callable[[], bool] | None = None,
+        at_work: Callable[[int], bool],
     ) -> None:
         self._name = name
         self._path = path
@@ -75,7 +78,7 @@ class RunnerBackend(asyncio.Protocol):
         self._on_down: Callable[[], None] = lambda: None
         self._on_wedged = on_wedged
         self._at_work = at_work
-        """Whether the model was at work when its process ended, where the process has others too."""
+        """Whether it was this request that the model was at work on, or another front's, or none."""
         self._transport: asyncio.Transport | None = None
         self._greeted: asyncio.Transport | None = None
         """A connection whose other end has not said anything yet."""
@@ -93,7 +96,7 @@ class RunnerBackend(asyncio.Protocol):
         self._closed = False
         self._bye = False
         """Whether the runner has said that it puts the model away."""
-        self._next_id = 0
+        self._next_id = secrets.randbits(_FIRST_ID_BITS)
         self._probe_id = 0
         """Of a probe that has not been answered; 0 for none."""
         self._probed_at = 0.0
@@ -245,8 +248,8 @@ class RunnerBackend(asyncio.Protocol):
         self._transport = self._greeted = None
         self._probe_id = 0
         unread, self._bye = self._bye, False
-        if self._done is not None and not unread and self._at_work is not None:
-            unread = not self._at_work()
+        if self._done is not None and not unread:
+            unread = not self._at_work(self._next_id)
         # First the state, then the callers: whoever is told may ask again at once.
         if not self._closed:
             self.connect()
@@ -268,8 +271,10 @@ class RunnerBackend(asyncio.Protocol):
     def _wedged(self, allowed_s: float, asked_at: float) -> None:
         log().error("runner.wedged", deployment=self._name, after_s=round(allowed_s, 3))
         self._timer = None
-        self._given_up += not self._longest_s
         done, self._done = self._done, None
+        # What another front has there may hold it up; then this batch has no part in it.
+        unread = done is not None and not self._at_work(self._next_id)
+        self._given_up += not self._longest_s and not unread
         # Not up from now on: who asks next must not be sent to a process that is about to be killed.
         for transport in (self._transport, self._greeted):
             if transport is not None:
@@ -281,6 +286,7 @@ class RunnerBackend(asyncio.Protocol):
                 Outcome(
                     error=DeadlineExceeded(
                         f"model {self._name!r} did not answer within {allowed_s:.1f} s; its process is restarted"
-                    )
+                    ),
+                    unread=unread,
                 )
             )

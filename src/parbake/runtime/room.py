@@ -5,15 +5,14 @@ in a runner, so that fronts see no difference; what the supervisor wants comes o
 a few threads, one at a time for each model: a slow model does not hold up its neighbours.
 
 A model that is put away first answers what was read, then says goodbye (`wire.BYE`): what a front gets no answer to
-after that was not read, and may be sent again. Which models are at work stands in a file of marks, one byte for each,
-that outlives the process: if it ends, only those can have been to blame.
+after that was not read, and may be sent again. What each model is at work on stands in a file of marks
+that outlives the process (`parbake.runtime.marks`): if it ends, only those can have been to blame.
 """
 
 from __future__ import annotations
 
 import ctypes
 import gc
-import mmap
 import os
 import queue
 import selectors
@@ -26,7 +25,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import msgspec
 import numpy as np
@@ -36,6 +35,7 @@ from parbake.contract.bundle import StoredBundle, read_bundle
 from parbake.contract.ort import onnxruntime
 from parbake.errors import ModelFailed, ParbakeError
 from parbake.runtime import wire
+from parbake.runtime.marks import LOADING, NOTHING, Marks
 from parbake.runtime.runner import (
     Assignment,
     Connection,
@@ -50,9 +50,6 @@ from parbake.runtime.session import Session, check_goldens
 
 MOST_MODELS: Final = 1 << 16
 """Marks in the file of marks."""
-WORKING: Final = 1
-LOADING: Final = 2
-"""What a mark may say, beside nothing."""
 _SEND_TIMEOUT_S: Final = 10.0
 _INLINE_S: Final = 0.0005
 """A batch that takes less is run where it is read: the way to another thread and back costs more."""
@@ -210,7 +207,7 @@ class _Room:
         self._heard = bytearray()
         self._decoder = msgspec.json.Decoder(ToRoom)
         self._encoder = msgspec.json.Encoder()
-        self._marks = _marks(Path(assignment.marks))
+        self._marks = Marks(Path(assignment.marks), MOST_MODELS)
         self._models: dict[str, _Model] = {}
         self._selector = selectors.DefaultSelector()
         self._crew = ThreadPoolExecutor(assignment.threads, "parbake-batch")
@@ -270,7 +267,7 @@ class _Room:
                     # Not read, as far as the front is concerned.
                     continue
                 if not rows:
-                    answer(model.session, front.socket, frame, model.row_s)
+                    answer(model.session, front.socket, frame, self._marks, model.slot, model.row_s)
                 else:
                     self._take(model, front, frame, rows)
         except (OSError, EOFError, ValueError):
@@ -324,15 +321,12 @@ class _Room:
         session = model.session
         if session is None:
             return
-        self._marks[model.slot] = WORKING
         try:
-            answer(session, front.socket, frame, model.row_s)
+            answer(session, front.socket, frame, self._marks, model.slot, model.row_s)
         except (OSError, ValueError):
             # The thread that reads finds it closed.
             with suppress(OSError):
                 front.socket.shutdown(socket.SHUT_RDWR)
-        finally:
-            self._marks[model.slot] = 0
 
     # The supervisor --------------------------------------------------------------------------------
 
@@ -429,8 +423,9 @@ class _Room:
         wanted = message.assignment
         started = time.perf_counter()
         before = Memory.now()
-        self._marks[message.slot] = LOADING
         try:
+            self._marks.reserve(message.slot)
+            self._marks.put(message.slot, LOADING)
             # The supervisor has verified the digest; mostly only sizes are checked again here.
             bundle = read_bundle(wanted.bundle, verify=wanted.verify)
             check_digest(bundle, wanted.digest or bundle.digest)
@@ -442,19 +437,18 @@ class _Room:
             self._first = False
             session, row_us = _open(bundle, wanted)
         except ParbakeError as error:
-            self._marks[message.slot] = 0
             refused = ModelRefused(message.number, error.code, error.message, error.hint)
             self._post(lambda: self._say(refused))
             return
         except (Exception, SystemExit) as error:
             # Code of its own may raise anything; the neighbours have no part in it.
-            self._marks[message.slot] = 0
             words = f"{wanted.bundle} cannot be loaded: {type(error).__name__}: {error}"
             unexpected = ModelRefused(message.number, ModelFailed.code, words, "")
             self._post(lambda: self._say(unexpected))
             return
+        finally:
+            self._marks.put(message.slot, NOTHING)
         size = max(Memory.now().since(before), file_bytes(bundle))
-        self._marks[message.slot] = 0
         listener = listen(Path(wanted.socket))
         model = _Model(wanted.socket, message.slot, session, listener, row_us / 1e6)
         seconds = time.perf_counter() - started
@@ -471,30 +465,6 @@ def _open(bundle: StoredBundle, wanted: Assignment) -> tuple[Session, float]:
 def file_bytes(bundle: StoredBundle) -> int:
     """Size of a bundle's files together."""
     return sum(item.bytes for item in bundle.manifest.files)
-
-
-def _marks(path: Path) -> Any:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        os.ftruncate(descriptor, MOST_MODELS)
-        return mmap.mmap(descriptor, MOST_MODELS)
-    finally:
-        os.close(descriptor)
-
-
-def read_mark(marks: str, slot: int) -> int:
-    """The mark of a model, also when the process has ended; `WORKING` where nobody can tell."""
-    try:
-        with Path(marks).open("rb") as file:
-            file.seek(slot)
-            return file.read(1)[0]
-    except (OSError, IndexError):
-        return WORKING
-
-
-def was_at_work(marks: str, slot: int) -> bool:
-    """Whether a model was at work when its process ended."""
-    return read_mark(marks, slot) == WORKING
 
 
 # Memory --------------------------------------------------------------------------------------------

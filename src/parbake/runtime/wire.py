@@ -17,6 +17,9 @@ OK: Final = 0
 REJECTED: Final = 1
 FAILED: Final = 2
 
+LARGEST_ID: Final = (1 << 64) - 2
+"""Of a request. Fronts begin anywhere, so that no two of them have the same."""
+
 BYE: Final = 0
 """Id of a reply to nothing: this model is put away now, and what the runner has not answered it has not read."""
 

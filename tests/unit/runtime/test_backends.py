@@ -35,7 +35,14 @@ def test_a_model_that_has_answered_nothing_yet_is_not_called_hanging_for_ever(
         path = str(tmp_path / "runner.sock")
         listening = await asyncio.start_unix_server(runner, path)
         up = asyncio.Event()
-        backend = RunnerBackend("eta", path, loop, wedged_s=wedged_s, on_wedged=lambda asked_at: None)
+        backend = RunnerBackend(
+            "eta",
+            path,
+            loop,
+            wedged_s=wedged_s,
+            on_wedged=lambda asked_at: None,
+            at_work=lambda request_id: True,
+        )
         backend.watch(on_up=up.set, on_down=lambda: None)
         backend.connect()
         said: list[str] = []
