@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,25 +14,31 @@ import pytest
 
 from parbake.contract.bundle import StoredBundle
 from parbake.errors import DeadlineExceeded, RunnerDown
-from parbake.runtime import marks
 from parbake.runtime.backends import RunnerBackend
 from parbake.runtime.batcher import Outcome
+from parbake.runtime.marks import was_at_work
 from parbake.runtime.pool import RunnerPool
 from parbake.runtime.rooms import Room
 from parbake.runtime.runner import Assignment
+from parbake.testing import serving
 from tests.functions import write_function
+from tests.traffic import answer, infer, once, wait_for
 
-WEDGED_S = 1.0
+WEDGED_S = 2.0
 SOURCE = """
 import os, time
 def predict(x):
-    if (x == 666).any():
-        time.sleep(0.4)
-        os._exit(3)
+    if (x >= 666).any():
+        open("FOLDER/begun", "w").close()
+    while (x == 666).any():
+        time.sleep(0.01)
+        if os.path.exists("FOLDER/gate"):
+            os._exit(3)
     while (x == 667).any():
         time.sleep(1)
     return x * 2
 """
+"""666 ends the process when the gate is open, 667 hangs."""
 SLOT = 5
 """In the marks of the room: not the first, so that a mark that went elsewhere shows."""
 PLACEMENTS = pytest.mark.parametrize("placement", ["process", "room"])
@@ -44,13 +52,14 @@ async def two_fronts(
     pool = RunnerPool(folder)
     room = Room("ours", folder / "room.marks", pool, on_end=lambda room: None, on_uses=lambda uses: None)
     fronts: list[RunnerBackend] = []
+    at_work: Callable[[int], bool] | None
     try:
         if placement == "room":
-            path, file, slot = str(pool.folder / "model.sock"), Path(room.marks), SLOT
+            path, at_work = str(pool.folder / "model.sock"), partial(was_at_work, room.marks, SLOT)
             await room.load(Assignment(str(bundle.path), path, digest=bundle.digest), SLOT)
         else:
             path = (await pool.start(str(bundle.path), digest=bundle.digest, threads=1)).socket
-            file, slot = marks.beside(path), 0
+            at_work = None
         for _ in range(2):
             up = asyncio.Event()
             front = RunnerBackend(
@@ -59,7 +68,7 @@ async def two_fronts(
                 asyncio.get_running_loop(),
                 wedged_s=WEDGED_S,
                 on_wedged=lambda asked_at: None,
-                at_work=lambda request_id: marks.was_at_work(file, slot, request_id),
+                at_work=at_work,
             )
             front.watch(on_up=up.set, on_down=lambda: None)
             front.connect()
@@ -81,26 +90,31 @@ def ask(front: RunnerBackend, *values: float) -> asyncio.Future[Outcome]:
     return done
 
 
-async def both(
-    fronts: Sequence[RunnerBackend], first: Sequence[float], second: Sequence[float]
-) -> tuple[Outcome, Outcome]:
-    """What comes of two batches, the second sent while the model is at work on the first."""
-    one = ask(fronts[0], *first)
-    await asyncio.sleep(0.1)
-    other = ask(fronts[1], *second)
-    return await one, await other
+async def both(fronts: Sequence[RunnerBackend], value: float, folder: Path) -> tuple[Outcome, Outcome]:
+    """What comes of a batch that does harm, and of another front's that was sent meanwhile."""
+    bad = ask(fronts[0], value)
+    async with asyncio.timeout(30):
+        while not (folder / "begun").exists():
+            await asyncio.sleep(0.01)
+    good = ask(fronts[1], 1)
+    # A room reads what comes while a model is at work.
+    await asyncio.sleep(0.05)
+    (folder / "gate").touch()
+    return await bad, await good
 
 
 @PLACEMENTS
 def test_a_process_that_ends_had_one_fronts_batch_at_work_and_the_other_was_not_read(
     placement: str, tmp_path: Path
 ) -> None:
-    bundle = write_function(tmp_path, SOURCE)
+    bundle = write_function(tmp_path, SOURCE.replace("FOLDER", str(tmp_path)))
 
     async def test() -> None:
         async with two_fronts(bundle, placement, tmp_path) as fronts:
-            assert [len(one.raws) for one in await both(fronts, [1], [2, 3])] == [1, 1]
-            bad, good = await both(fronts, [666], [1])
+            for front in fronts:
+                answered = await ask(front, 1, 2)
+                assert answered.raws == [np.array([(2, 2), (4, 2)], np.float32).tobytes()]
+            bad, good = await both(fronts, 666, tmp_path)
         assert isinstance(bad.error, RunnerDown)
         assert isinstance(good.error, RunnerDown)
         # Whoever sends it again, alone and at once, must not be taken for who ended the process.
@@ -111,13 +125,40 @@ def test_a_process_that_ends_had_one_fronts_batch_at_work_and_the_other_was_not_
 
 @PLACEMENTS
 def test_who_waits_behind_a_batch_that_hangs_has_no_part_in_it(placement: str, tmp_path: Path) -> None:
-    bundle = write_function(tmp_path, SOURCE)
+    bundle = write_function(tmp_path, SOURCE.replace("FOLDER", str(tmp_path)))
 
     async def test() -> None:
         async with two_fronts(bundle, placement, tmp_path) as fronts:
-            bad, good = await both(fronts, [667], [1])
+            bad, good = await both(fronts, 667, tmp_path)
         assert isinstance(bad.error, DeadlineExceeded)
         assert isinstance(good.error, DeadlineExceeded)
         assert (bad.unread, good.unread) == (False, True)
 
     asyncio.run(test())
+
+
+@pytest.mark.parametrize("load", ["always", "on-demand"])
+def test_a_good_row_of_another_front_is_answered_and_not_quarantined(load: str, tmp_path: Path) -> None:
+    source = (
+        "import os, time\ndef predict(x):\n    if (x >= 666).any():\n        time.sleep(0.1)\n        os._exit(3)\n"
+        "    return x * 2\n"
+    )
+    bundle = write_function(tmp_path, source)
+    path = "/v2/models/function/infer"
+    with (
+        serving(bundle.path, load=load, workers=2, deadline_ms=30_000) as server,
+        ThreadPoolExecutor(2) as two,
+    ):
+        # Each on a connection of its own: by chance at the same front, or not.
+        for number in range(4):
+            # Also a front that is the last to know has noticed by then that the process is back.
+            wait_for(lambda: all(once(server.url, path, infer((8, 9))).status == 200 for _ in range(12)))
+            bad, good = two.map(
+                lambda row: once(server.url, path, infer(row)), [(666.0 + number, 1.0), (number, 1.0)]
+            )
+            assert (bad.status, bad.json()["code"]) == (422, "row_quarantined")
+            if good.status == 503:
+                # It came when nobody was there.
+                assert good.json()["code"] == "runner_down"
+            else:
+                assert answer(good) == [2.0 * number, 2.0]

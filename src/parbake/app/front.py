@@ -555,9 +555,11 @@ class Front:
                 self.channel.tell(Wedged(path, asked_at))
 
         def at_work(request_id: int) -> bool:
-            return marks.was_at_work(entry.marks or marks.beside(path), entry.slot, request_id)
+            return marks.was_at_work(entry.marks, entry.slot, request_id)
 
-        if not entry.on_demand or entry.pinned:
+        if not entry.on_demand:
+            return RunnerBackend(entry.name, path, self._loop, wedged_s=wedged_s, on_wedged=on_wedged)
+        if entry.pinned:
             return RunnerBackend(
                 entry.name, path, self._loop, wedged_s=wedged_s, on_wedged=on_wedged, at_work=at_work
             )

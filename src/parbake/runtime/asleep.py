@@ -30,7 +30,7 @@ class SleepingBackend(RunnerBackend):
         wedged_s: float,
         on_wedged: Callable[[float], None],
         want: Callable[[], Awaitable[object]],
-        at_work: Callable[[int], bool],
+        at_work: Callable[[int], bool] | None = None,
     ) -> None:
         super().__init__(name, path, loop, wedged_s=wedged_s, on_wedged=on_wedged, at_work=at_work)
         self._want = want

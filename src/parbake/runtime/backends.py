@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import secrets
+import struct
+import termios
 from collections.abc import Callable, Sequence
 from time import monotonic, perf_counter
 from typing import Final
@@ -20,6 +23,8 @@ _SLOW_FROM: Final = 4
 """So many batches given up, and none answered yet: perhaps nothing hangs, and all rows are slower than goldens."""
 _PROBE_S: Final = 1.0
 """How often a runner without a batch is asked whether it is still there."""
+_LARGE_BYTES: Final = 1 << 20
+_INT: Final = struct.Struct("i")
 _FIRST_ID_BITS: Final = 63
 """Ids of requests begin at random below this power of two: another front at the same process has others."""
 _LATE_S: Final = 1.0
@@ -68,7 +73,7 @@ class RunnerBackend(asyncio.Protocol):
         *,
         wedged_s: float,
         on_wedged: Callable[[float], None],
-        at_work: Callable[[int], bool],
+        at_work: Callable[[int], bool] | None = None,
     ) -> None:
         self._name = name
         self._path = path
@@ -78,7 +83,7 @@ class RunnerBackend(asyncio.Protocol):
         self._on_down: Callable[[], None] = lambda: None
         self._on_wedged = on_wedged
         self._at_work = at_work
-        """Whether it was this request that the model was at work on, or another front's, or none."""
+        """Whether the model is, or was in the end, at work on this request, where the process has other models too."""
         self._transport: asyncio.Transport | None = None
         self._greeted: asyncio.Transport | None = None
         """A connection whose other end has not said anything yet."""
@@ -87,6 +92,8 @@ class RunnerBackend(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._sent_at = 0.0
         self._rows = 0
+        self._bytes = 0
+        """Of the batch that was sent last."""
         self._row_s = 0.0
         """Time of one row in the slowest of the last batches; before there was one, of a golden row."""
         self._given_up = 0
@@ -113,7 +120,7 @@ class RunnerBackend(asyncio.Protocol):
     @property
     def answers(self) -> bool:
         """Whether the runner is connected, and was there when it was asked last."""
-        late_s = _LATE_S + 4 * self._longest_s
+        late_s = _LATE_S + self._busy_s()
         return self._transport is not None and not (self._probe_id and monotonic() - self._probed_at > late_s)
 
     def watch(self, *, on_up: Callable[[], None], on_down: Callable[[], None]) -> None:
@@ -162,6 +169,7 @@ class RunnerBackend(asyncio.Protocol):
             expected_s = self._wedged_s * min(rows - 1, 9)
         allowed_s = self._wedged_s + expected_s
         self._rows = rows
+        self._bytes = sum(map(len, raws))
         self._sent_at = monotonic()
         self._timer = self._loop.call_later(allowed_s, self._late, allowed_s)
         self._transport.writelines(wire.request_frame(self._next_id, rows, raws, shapes))
@@ -189,10 +197,13 @@ class RunnerBackend(asyncio.Protocol):
         if not self._probe_id:
             self._send_probe(self._transport)
             return
-        # It may be busy with the batch of another front.
         waited_s = monotonic() - self._probed_at
-        if waited_s > self._wedged_s + 4 * self._longest_s:
+        if waited_s > self._wedged_s + self._busy_s():
             self._wedged(waited_s, self._probed_at)
+
+    def _busy_s(self) -> float:
+        """How long the process may be busy with the batch of another front, with room."""
+        return 4 * max(self._longest_s, self._row_s)
 
     def data_received(self, data: bytes) -> None:
         """Bytes of a reply, or of two: one to a probe, and one to the batch that was sent after it."""
@@ -248,14 +259,35 @@ class RunnerBackend(asyncio.Protocol):
         self._transport = self._greeted = None
         self._probe_id = 0
         unread, self._bye = self._bye, False
-        if self._done is not None and not unread:
-            unread = not self._at_work(self._next_id)
+        if self._at_work is not None:
+            unread = unread or not self._at_work(self._next_id)
+        else:
+            # Linux says "reset" where the other end of a Unix socket went without having read everything. A runner
+            # reads a batch when it begins with it: this one was waiting for another front's. A large one may have
+            # been too much to read.
+            unread = unread or (isinstance(exc, ConnectionError) and self._bytes <= _LARGE_BYTES)
         # First the state, then the callers: whoever is told may ask again at once.
         if not self._closed:
             self.connect()
         self._finish(Outcome(error=runner_down(self._name), unread=unread))
         if was_up and not self._closed:
             self._on_down()
+
+    def _is_at_work(self) -> bool:
+        """Whether it is the batch in flight that the process is at work on; yes where nobody can tell."""
+        transport = self._transport
+        if transport is None:
+            return False
+        if self._at_work is not None:
+            return self._at_work(self._next_id)
+        if transport.get_write_buffer_size():
+            return False
+        try:
+            # Of a Unix socket Linux gives what the other end has not read.
+            waiting = fcntl.ioctl(transport.get_extra_info("socket"), termios.TIOCOUTQ, bytes(_INT.size))
+        except OSError:
+            return True
+        return _INT.unpack(waiting) == (0,)
 
     def _finish(self, outcome: Outcome) -> None:
         done, self._done = self._done, None
@@ -273,8 +305,8 @@ class RunnerBackend(asyncio.Protocol):
         self._timer = None
         done, self._done = self._done, None
         # What another front has there may hold it up; then this batch has no part in it.
-        unread = done is not None and not self._at_work(self._next_id)
-        self._given_up += not self._longest_s and not unread
+        unread = done is not None and not self._is_at_work()
+        self._given_up += done is not None and not unread and not self._longest_s
         # Not up from now on: who asks next must not be sent to a process that is about to be killed.
         for transport in (self._transport, self._greeted):
             if transport is not None:

@@ -24,7 +24,6 @@ from parbake.errors import RunnerDown, by_code
 from parbake.logs import log
 from parbake.runtime import cpu, memory
 from parbake.runtime.confine import Confinement, find_user
-from parbake.runtime.marks import beside
 from parbake.runtime.runner import AWAKE, Assignment, Loaded, Refused, Report
 
 _BACK_OFF_S: Final = (0.0, 0.1, 0.3, 0.5)
@@ -165,7 +164,6 @@ class RunnerPool:
         if runner.process is not None:
             await end_process(runner.process)
         Path(runner.socket).unlink(missing_ok=True)
-        beside(runner.socket).unlink(missing_ok=True)
 
     async def close(self) -> None:
         """End all."""

@@ -33,7 +33,7 @@ from msgspec import Struct
 
 from parbake.contract.bundle import StoredBundle, read_bundle
 from parbake.contract.ort import onnxruntime
-from parbake.errors import ModelFailed, ParbakeError
+from parbake.errors import ModelFailed, ParbakeError, RunnerDown
 from parbake.runtime import wire
 from parbake.runtime.marks import LOADING, NOTHING, Marks
 from parbake.runtime.runner import (
@@ -159,7 +159,7 @@ class _Model:
         self.listener = listener
         self.row_s = row_s
         self.connections: set[_Front] = set()
-        self.pending: deque[tuple[_Front, bytes]] = deque()
+        self.pending: deque[_Batch] = deque()
         self.busy = False
         """Whether a batch runs, or a thread has been asked to run one. This and ``pending`` under the room's lock."""
         self.leaving: int | None = None
@@ -175,6 +175,14 @@ class _Front(Connection):
     def __init__(self, connected: socket.socket, model: _Model) -> None:
         super().__init__(connected)
         self.model = model
+
+
+class _Batch(NamedTuple):
+    """What a front has sent to one of the models."""
+
+    front: _Front
+    request_id: int
+    frame: bytes
 
 
 def serve(control: socket.socket, line: bytes, kept: tuple[str, ...]) -> int:
@@ -262,14 +270,14 @@ class _Room:
         model = front.model
         try:
             for frame in receive(front):
-                rows = wire.request_rows(frame)
+                request_id, rows = wire.request_head(frame)
                 if model.leaving is not None or model.session is None:
                     # Not read, as far as the front is concerned.
                     continue
                 if not rows:
-                    answer(model.session, front.socket, frame, self._marks, model.slot, model.row_s)
+                    answer(model.session, front.socket, frame, model.row_s)
                 else:
-                    self._take(model, front, frame, rows)
+                    self._take(model, _Batch(front, request_id, frame), rows)
         except (OSError, EOFError, ValueError):
             self._hang_up(front)
 
@@ -280,35 +288,35 @@ class _Room:
             self._selector.unregister(front.socket)
         front.socket.close()
 
-    def _take(self, model: _Model, front: _Front, frame: bytes, rows: int) -> None:
+    def _take(self, model: _Model, batch: _Batch, rows: int) -> None:
         model.uses += 1
         with self._lock:
             if model.busy:
-                model.pending.append((front, frame))
+                model.pending.append(batch)
                 return
             model.busy = True
             quick = rows * model.row_s < _INLINE_S and not self._careful_until and model.row_s
             if not quick:
-                model.pending.append((front, frame))
+                model.pending.append(batch)
         if not quick:
             self._crew.submit(self._work, model)
             return
         # Nobody else adds while this thread is here, and it is this thread that reads: nothing can be pending after.
-        self._run(model, front, frame)
+        self._run(model, batch)
         with self._lock:
             model.busy = False
 
     def _work(self, model: _Model) -> None:
         """Run one batch of a model, in a thread of the crew; then it is the others' turn."""
         with self._lock:
-            front, frame = model.pending.popleft()
+            batch = model.pending.popleft()
         if self._careful_until:
             if time.monotonic() > self._careful_until:
                 self._careful_until = 0.0
             with self._alone:
-                self._run(model, front, frame)
+                self._run(model, batch)
         else:
-            self._run(model, front, frame)
+            self._run(model, batch)
         with self._lock:
             again = bool(model.pending)
             model.busy = again
@@ -317,16 +325,19 @@ class _Room:
         elif model.leaving is not None:
             self._post(lambda: self._put_away(model))
 
-    def _run(self, model: _Model, front: _Front, frame: bytes) -> None:
+    def _run(self, model: _Model, batch: _Batch) -> None:
         session = model.session
         if session is None:
             return
+        self._marks.put(model.slot, batch.request_id)
         try:
-            answer(session, front.socket, frame, self._marks, model.slot, model.row_s)
+            answer(session, batch.front.socket, batch.frame, model.row_s)
         except (OSError, ValueError):
             # The thread that reads finds it closed.
             with suppress(OSError):
-                front.socket.shutdown(socket.SHUT_RDWR)
+                batch.front.socket.shutdown(socket.SHUT_RDWR)
+        finally:
+            self._marks.put(model.slot, NOTHING)
 
     # The supervisor --------------------------------------------------------------------------------
 
@@ -425,7 +436,11 @@ class _Room:
         before = Memory.now()
         try:
             self._marks.reserve(message.slot)
-            self._marks.put(message.slot, LOADING)
+        except OSError as error:
+            self._refuse(message, RunnerDown(f"no room for the mark of {wanted.bundle}: {error}"))
+            return
+        self._marks.put(message.slot, LOADING)
+        try:
             # The supervisor has verified the digest; mostly only sizes are checked again here.
             bundle = read_bundle(wanted.bundle, verify=wanted.verify)
             check_digest(bundle, wanted.digest or bundle.digest)
@@ -437,14 +452,12 @@ class _Room:
             self._first = False
             session, row_us = _open(bundle, wanted)
         except ParbakeError as error:
-            refused = ModelRefused(message.number, error.code, error.message, error.hint)
-            self._post(lambda: self._say(refused))
+            self._refuse(message, error)
             return
         except (Exception, SystemExit) as error:
             # Code of its own may raise anything; the neighbours have no part in it.
             words = f"{wanted.bundle} cannot be loaded: {type(error).__name__}: {error}"
-            unexpected = ModelRefused(message.number, ModelFailed.code, words, "")
-            self._post(lambda: self._say(unexpected))
+            self._refuse(message, ModelFailed(words))
             return
         finally:
             self._marks.put(message.slot, NOTHING)
@@ -453,6 +466,10 @@ class _Room:
         model = _Model(wanted.socket, message.slot, session, listener, row_us / 1e6)
         seconds = time.perf_counter() - started
         self._post(lambda: self._loaded(message, model, size, seconds))
+
+    def _refuse(self, message: LoadModel, error: ParbakeError) -> None:
+        refused = ModelRefused(message.number, error.code, error.message, error.hint)
+        self._post(lambda: self._say(refused))
 
 
 def _open(bundle: StoredBundle, wanted: Assignment) -> tuple[Session, float]:

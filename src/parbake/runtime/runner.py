@@ -25,10 +25,9 @@ from parbake.contract.bundle import StoredBundle, read_bundle
 from parbake.contract.environment import capture, differences
 from parbake.contract.model import Environment
 from parbake.contract.ort import onnxruntime
-from parbake.contract.tensors import Shape, Tensors
+from parbake.contract.tensors import Tensors
 from parbake.errors import BundleAltered, EnvironmentDiffers, ModelFailed, ParbakeError, RowRejected
 from parbake.runtime import wire
-from parbake.runtime.marks import NOTHING, Marks, beside
 from parbake.runtime.session import Session, check_goldens
 
 _READ_BYTES = 1 << 20
@@ -147,12 +146,10 @@ def main(descriptor: int, kept: tuple[str, ...] = ()) -> int:
     except ParbakeError as error:
         control.sendall(msgspec.json.encode(Refused(error.code, error.message, error.hint)) + b"\n")
         return 1
-    own = Marks(beside(assignment.socket), 1)
-    own.reserve(0)
     listener = listen(Path(assignment.socket))
     loaded = Loaded(rows, time.perf_counter() - started, row_us, kept)
     control.sendall(msgspec.json.encode(loaded) + b"\n")
-    _serve(session, listener, control, own, row_us / 1e6)
+    _serve(session, listener, control, row_us / 1e6)
     return 0
 
 
@@ -167,9 +164,7 @@ class Connection:
         self.need = 8
 
 
-def _serve(
-    session: Session, listener: socket.socket, control: socket.socket, own: Marks, row_s: float
-) -> None:
+def _serve(session: Session, listener: socket.socket, control: socket.socket, row_s: float) -> None:
     selector = selectors.DefaultSelector()
     selector.register(listener, selectors.EVENT_READ, None)
     selector.register(control, selectors.EVENT_READ, None)
@@ -186,7 +181,7 @@ def _serve(
             connection: Connection = key.data
             try:
                 for frame in receive(connection):
-                    answer(session, connection.socket, frame, own, 0, row_s)
+                    answer(session, connection.socket, frame, row_s)
             except (OSError, EOFError, ValueError):
                 selector.unregister(connection.socket)
                 connection.socket.close()
@@ -212,31 +207,16 @@ def receive(connection: Connection) -> Sequence[bytes]:
     return frames
 
 
-def answer(
-    session: Session, connected: socket.socket, frame: bytes, marks: Marks, slot: int, row_s: float
-) -> None:
-    """Run the batch of a frame, and send what came of it; meanwhile its id is the mark of that slot.
+def answer(session: Session, connected: socket.socket, frame: bytes, row_s: float) -> None:
+    """Run the batch of a frame, and send what came of it. ``row_s`` is the time of a golden row, 0 if there is none.
 
-    ``row_s`` is the time of a golden row, 0 if there is none. Raises OSError where the front is gone, ValueError for a
-    torn frame.
+    Raises OSError where the front is gone, ValueError for a torn frame.
     """
     request_id, rows, raws, shapes = wire.read_request(frame)
     if not rows:
         # A probe: that it is answered is the answer, and how long a row takes is good to know before the first batch.
         connected.sendall(b"".join(wire.reply_frame(request_id, wire.OK, row_s, (), ())))
         return
-    marks.put(slot, request_id)
-    try:
-        reply = _run(session, request_id, rows, raws, shapes)
-        connected.sendall(b"".join(reply))
-    finally:
-        marks.put(slot, NOTHING)
-
-
-def _run(
-    session: Session, request_id: int, rows: int, raws: Sequence[bytes], shapes: Sequence[Shape]
-) -> Sequence[bytes]:
-    """The pieces of the reply to a batch."""
     started = time.perf_counter()
     status, out_raws, out_shapes = wire.OK, [b""], [()]
     try:
@@ -248,7 +228,7 @@ def _run(
     except (Exception, SystemExit) as error:
         status, out_raws = wire.FAILED, [_words(f"{type(error).__name__}: {error}")]
     seconds = time.perf_counter() - started
-    return wire.reply_frame(request_id, status, seconds, out_raws, out_shapes)
+    connected.sendall(b"".join(wire.reply_frame(request_id, status, seconds, out_raws, out_shapes)))
 
 
 def _words(message: str) -> bytes:

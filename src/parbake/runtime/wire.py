@@ -17,9 +17,6 @@ OK: Final = 0
 REJECTED: Final = 1
 FAILED: Final = 2
 
-LARGEST_ID: Final = (1 << 64) - 2
-"""Of a request. Fronts begin anywhere, so that no two of them have the same."""
-
 BYE: Final = 0
 """Id of a reply to nothing: this model is put away now, and what the runner has not answered it has not read."""
 
@@ -47,13 +44,13 @@ def reply_frame(
     return [head + parts, *raws]
 
 
-def request_rows(frame: bytes) -> int:
-    """The rows of a request frame; 0 is a probe. Raises ValueError for a torn one."""
+def request_head(frame: bytes) -> tuple[int, int]:
+    """Id and rows of a request frame; no rows is a probe. Raises ValueError for a torn one."""
     try:
-        rows: int = _REQUEST.unpack_from(frame)[1]
+        _, rows, request_id, _ = _REQUEST.unpack_from(frame)
     except struct.error as error:
         raise ValueError(f"a frame is torn: {error}") from error
-    return rows
+    return request_id, rows
 
 
 def frame_length(buffer: bytes | bytearray | memoryview) -> int | None:

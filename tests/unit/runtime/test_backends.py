@@ -35,14 +35,7 @@ def test_a_model_that_has_answered_nothing_yet_is_not_called_hanging_for_ever(
         path = str(tmp_path / "runner.sock")
         listening = await asyncio.start_unix_server(runner, path)
         up = asyncio.Event()
-        backend = RunnerBackend(
-            "eta",
-            path,
-            loop,
-            wedged_s=wedged_s,
-            on_wedged=lambda asked_at: None,
-            at_work=lambda request_id: True,
-        )
+        backend = RunnerBackend("eta", path, loop, wedged_s=wedged_s, on_wedged=lambda asked_at: None)
         backend.watch(on_up=up.set, on_down=lambda: None)
         backend.connect()
         said: list[str] = []
@@ -66,3 +59,33 @@ def test_a_model_that_has_answered_nothing_yet_is_not_called_hanging_for_ever(
         f"model 'eta' did not answer within {wedged_s * times:.1f} s; its process is restarted"
         for times in patience
     ]
+
+
+@pytest.mark.parametrize(("golden_s", "silent"), [(0.0, True), (2.0, False)])
+def test_a_process_that_is_busy_with_another_fronts_slow_row_is_not_called_hanging(
+    golden_s: float, silent: bool, tmp_path: Path
+) -> None:
+    async def runner(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Answers the first probe, and is busy from then on."""
+        request_id, *_ = wire.read_request(await reader.read(65536))
+        writer.writelines(wire.reply_frame(request_id, wire.OK, golden_s, (), ()))
+        await reader.read(-1)
+        writer.close()
+
+    async def main() -> list[float]:
+        loop = asyncio.get_running_loop()
+        path = str(tmp_path / "runner.sock")
+        listening = await asyncio.start_unix_server(runner, path)
+        wedged: list[float] = []
+        backend = RunnerBackend("eta", path, loop, wedged_s=0.1, on_wedged=wedged.append)
+        backend.connect()
+        # It is asked once a second.
+        await asyncio.sleep(3)
+        backend.close()
+        listening.close()
+        await listening.wait_closed()
+        while len(asyncio.all_tasks()) > 1:
+            await asyncio.sleep(0.01)
+        return wedged
+
+    assert bool(asyncio.run(main())) is silent

@@ -76,9 +76,9 @@ def test_an_absurd_length_is_refused() -> None:
 def test_the_rows_of_a_request_can_be_told_without_reading_it() -> None:
     for rows in (0, 1, 77):
         frame = b"".join(wire.request_frame(3, rows, [b"\0" * rows], [(1,)]))
-        assert wire.request_rows(frame) == rows
+        assert wire.request_head(frame) == (3, rows)
     with pytest.raises(ValueError, match="torn"):
-        wire.request_rows(b"\0" * 5)
+        wire.request_head(b"\0" * 5)
 
 
 def test_a_goodbye_is_a_reply_to_nothing() -> None:
