@@ -24,6 +24,7 @@ _SLOW_FROM: Final = 4
 _PROBE_S: Final = 1.0
 """How often a runner without a batch is asked whether it is still there."""
 _LARGE_BYTES: Final = 1 << 20
+"""A batch beyond this may end a process that only reads it."""
 _INT: Final = struct.Struct("i")
 _FIRST_ID_BITS: Final = 63
 """Ids of requests begin at random below this power of two: another front at the same process has others."""
@@ -259,19 +260,22 @@ class RunnerBackend(asyncio.Protocol):
         self._transport = self._greeted = None
         self._probe_id = 0
         unread, self._bye = self._bye, False
-        if self._at_work is not None:
-            unread = unread or not self._at_work(self._next_id)
-        else:
-            # Linux says "reset" where the other end of a Unix socket went without having read everything. A runner
-            # reads a batch when it begins with it: this one was waiting for another front's. A large one may have
-            # been too much to read.
-            unread = unread or (isinstance(exc, ConnectionError) and self._bytes <= _LARGE_BYTES)
+        if self._done is not None and not unread:
+            unread = self._was_waiting(exc)
         # First the state, then the callers: whoever is told may ask again at once.
         if not self._closed:
             self.connect()
         self._finish(Outcome(error=runner_down(self._name), unread=unread))
         if was_up and not self._closed:
             self._on_down()
+
+    def _was_waiting(self, exc: Exception | None) -> bool:
+        """Whether the process ended before it began with the batch in flight; no where nobody can tell."""
+        if self._at_work is not None:
+            return not self._at_work(self._next_id)
+        # Linux says "reset" where the other end of a Unix socket went without having read everything. A runner reads a
+        # batch when it begins with it.
+        return isinstance(exc, ConnectionError) and self._bytes <= _LARGE_BYTES
 
     def _is_at_work(self) -> bool:
         """Whether it is the batch in flight that the process is at work on; yes where nobody can tell."""
