@@ -198,22 +198,6 @@ def test_a_killed_worker_ends_the_bake_with_what_happened(tmp_path: Path) -> Non
     assert report.resumed_rows > 0
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 2 MiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)], capture_output=True, check=False
-    )
-    if made.returncode:
-        pytest.skip(
-            "mounting a file system needs root: sudo make test; the limit of file sizes is tested anyway"
-        )
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
-
-
 @pytest.mark.parametrize("sized", [False, True], ids=["page by page", "through LMDB"])
 def test_a_full_disk_is_said_and_the_bake_goes_on_when_there_is_room(
     sized: bool, small_disk: Path, tmp_path: Path

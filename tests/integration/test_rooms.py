@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from parbake.errors import RunnerDown
+from parbake.errors import NotReady, RunnerDown
 from parbake.runtime.pool import RunnerPool
 from parbake.runtime.rooms import Room
 from parbake.runtime.runner import Assignment
@@ -51,6 +51,34 @@ def test_a_load_that_meets_a_process_whose_end_is_not_known_yet_costs_one_try(tm
             assert ends == [room]
             gc.collect()
             assert complaints == []
+        finally:
+            await room.close()
+            await pool.close()
+
+    asyncio.run(test())
+
+
+def test_a_full_disk_refuses_a_model_and_does_not_end_the_room(small_disk: Path, tmp_path: Path) -> None:
+    bundle = write_scaled(tmp_path / "scaled.bundle", 3)
+
+    async def test() -> None:
+        pool = RunnerPool(tmp_path)
+        room = Room(
+            "ours", small_disk / "room.marks", pool, on_end=lambda room: None, on_uses=lambda uses: None
+        )
+        assignment = Assignment(str(bundle.path), str(pool.folder / "model.sock"), digest=bundle.digest)
+        junk = small_disk / "junk"
+        try:
+            await room.start()
+            pid = room.pid
+            with suppress(OSError), junk.open("wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(1 << 12))
+            with pytest.raises(NotReady, match="nothing can be written"):
+                await room.load(assignment, 0)
+            junk.unlink()
+            await room.load(assignment, 0)
+            assert room.pid == pid
         finally:
             await room.close()
             await pool.close()

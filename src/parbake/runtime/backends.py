@@ -23,13 +23,13 @@ _SLOW_FROM: Final = 4
 """So many batches given up, and none answered yet: perhaps nothing hangs, and all rows are slower than goldens."""
 _PROBE_S: Final = 1.0
 """How often a runner without a batch is asked whether it is still there."""
-_LARGE_BYTES: Final = 1 << 20
+_LARGE_BYTES: Final = 1 << 24
 """A batch beyond this may end a process that only reads it."""
 _INT: Final = struct.Struct("i")
 _FIRST_ID_BITS: Final = 63
 """Ids of requests begin at random below this power of two: another front at the same process has others."""
 _LATE_S: Final = 1.0
-"""A probe that is not answered for this long, and four of the longest batches, is a bad sign."""
+"""A probe that is not answered for this long, and four of the longest batches or rows, is a bad sign."""
 
 
 class InlineBackend:
@@ -158,8 +158,8 @@ class RunnerBackend(asyncio.Protocol):
         self, raws: Sequence[bytes], rows: int, shapes: tuple[Shape, ...], done: Callable[[Outcome], None]
     ) -> None:
         """Send a batch; ``done`` is called when the reply is here, the runner is gone, or time is up."""
-        if self._transport is None:
-            done(Outcome(error=runner_down(self._name)))
+        if self._transport is None or self._transport.is_closing():
+            done(Outcome(error=runner_down(self._name), unread=True))
             return
         self._next_id += 1
         self._done = done
@@ -203,7 +203,7 @@ class RunnerBackend(asyncio.Protocol):
             self._wedged(waited_s, self._probed_at)
 
     def _busy_s(self) -> float:
-        """How long the process may be busy with the batch of another front, with room."""
+        """How long the process may be busy with what another front has there, as far as is known here."""
         return 4 * max(self._longest_s, self._row_s)
 
     def data_received(self, data: bytes) -> None:
@@ -271,11 +271,13 @@ class RunnerBackend(asyncio.Protocol):
 
     def _was_waiting(self, exc: Exception | None) -> bool:
         """Whether the process ended before it began with the batch in flight; no where nobody can tell."""
+        if self._bytes > _LARGE_BYTES:
+            return False
         if self._at_work is not None:
             return not self._at_work(self._next_id)
         # Linux says "reset" where the other end of a Unix socket went without having read everything. A runner reads a
         # batch when it begins with it.
-        return isinstance(exc, ConnectionError) and self._bytes <= _LARGE_BYTES
+        return isinstance(exc, ConnectionError)
 
     def _is_at_work(self) -> bool:
         """Whether it is the batch in flight that the process is at work on; yes where nobody can tell."""

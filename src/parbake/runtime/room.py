@@ -33,7 +33,7 @@ from msgspec import Struct
 
 from parbake.contract.bundle import StoredBundle, read_bundle
 from parbake.contract.ort import onnxruntime
-from parbake.errors import ModelFailed, ParbakeError, RunnerDown
+from parbake.errors import ModelFailed, NotReady, ParbakeError
 from parbake.runtime import wire
 from parbake.runtime.marks import LOADING, NOTHING, Marks
 from parbake.runtime.runner import (
@@ -437,7 +437,11 @@ class _Room:
         try:
             self._marks.reserve(message.slot)
         except OSError as error:
-            self._refuse(message, RunnerDown(f"no room for the mark of {wanted.bundle}: {error}"))
+            full = NotReady(
+                f"no model can be loaded, as nothing can be written: {error}",
+                hint="free space where the temporary files are",
+            )
+            self._refuse(message, full)
             return
         self._marks.put(message.slot, LOADING)
         try:

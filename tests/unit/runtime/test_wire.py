@@ -73,7 +73,7 @@ def test_an_absurd_length_is_refused() -> None:
         wire.frame_length(struct.pack("<Q", wire.MAX_FRAME_BYTES + 1))
 
 
-def test_the_rows_of_a_request_can_be_told_without_reading_it() -> None:
+def test_the_head_of_a_request_can_be_told_without_reading_it() -> None:
     for rows in (0, 1, 77):
         frame = b"".join(wire.request_frame(3, rows, [b"\0" * rows], [(1,)]))
         assert wire.request_head(frame) == (3, rows)
