@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import TypeAlias
 
 import numpy as np
 import pytest
 import uvloop
 
 from parbake.contract.bundle import StoredBundle
-from parbake.errors import DeadlineExceeded, RunnerDown
+from parbake.errors import DeadlineExceeded, ParbakeError, RunnerDown
 from parbake.runtime.backends import RunnerBackend
 from parbake.runtime.batcher import Outcome
 from parbake.runtime.marks import was_at_work
@@ -24,9 +24,8 @@ from parbake.runtime.pool import RunnerPool
 from parbake.runtime.rooms import Room
 from parbake.runtime.runner import Assignment
 from parbake.testing import serving
-from parbake.transports import client
 from tests.functions import write_function
-from tests.traffic import answer, infer, once, wait_for
+from tests.traffic import Noted, answer, infer, once
 
 WEDGED_S = 2.0
 SOURCE = """
@@ -43,7 +42,6 @@ def predict(x):
     return x * 2
 """
 """666 ends the process when the gate is open, 667 hangs."""
-Loop: TypeAlias = Callable[[], asyncio.AbstractEventLoop]
 SLOT = 5
 """In the marks of the room: not the first, so that a mark that went elsewhere shows."""
 PLACEMENTS = pytest.mark.parametrize(
@@ -56,8 +54,6 @@ PLACEMENTS = pytest.mark.parametrize(
         "room",
     ],
 )
-LOOPS = pytest.mark.parametrize("loop", [uvloop.new_event_loop, asyncio.new_event_loop])
-"""As in fronts, and the usual one: each has its own way of saying that a connection is lost."""
 
 
 @asynccontextmanager
@@ -101,29 +97,40 @@ async def two_fronts(
 def ask(front: RunnerBackend, *values: float) -> asyncio.Future[Outcome]:
     """Send a batch."""
     done: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-    rows = np.array([(value, 1) for value in values], np.float32)
+    rows = np.ones((len(values), 2), np.float32)
+    rows[:, 0] = values
     front.run([rows.tobytes()], len(rows), ((2,),), done.set_result)
     return done
 
 
-async def both(fronts: Sequence[RunnerBackend], value: float, folder: Path) -> tuple[Outcome, Outcome]:
-    """What comes of a batch that does harm, and of another front's that was sent meanwhile."""
+async def both(
+    fronts: Sequence[RunnerBackend], value: float, folder: Path, rows: int = 1
+) -> tuple[Outcome, Outcome]:
+    """What comes of a batch that does harm, and of another front's of so many rows that was sent meanwhile."""
     bad = ask(fronts[0], value)
     async with asyncio.timeout(30):
         while not (folder / "begun").exists():
             await asyncio.sleep(0.01)
-    good = ask(fronts[1], 1)
+    good = ask(fronts[1], *[1] * rows)
     # A room reads what comes while a model is at work.
     await asyncio.sleep(0.05)
     (folder / "gate").touch()
     return await bad, await good
 
 
+@pytest.mark.parametrize(
+    ("value", "error"), [(666, RunnerDown), (667, DeadlineExceeded)], ids=["ends", "hangs"]
+)
+@pytest.mark.parametrize("loop", [uvloop.new_event_loop, asyncio.new_event_loop])
 @PLACEMENTS
-@LOOPS
-def test_a_process_that_ends_had_one_fronts_batch_at_work_and_the_other_was_not_read(
-    placement: str, loop: Loop, tmp_path: Path
+def test_of_two_fronts_only_the_one_whose_batch_was_at_work_may_be_to_blame(
+    placement: str,
+    loop: Callable[[], asyncio.AbstractEventLoop],
+    value: float,
+    error: type[ParbakeError],
+    tmp_path: Path,
 ) -> None:
+    # As in fronts, and the usual loop: each has its own way of saying that a connection is lost.
     bundle = write_function(tmp_path, SOURCE.replace("FOLDER", str(tmp_path)))
 
     async def test() -> None:
@@ -131,9 +138,9 @@ def test_a_process_that_ends_had_one_fronts_batch_at_work_and_the_other_was_not_
             for front in fronts:
                 answered = await ask(front, 1, 2)
                 assert answered.raws == [np.array([(2, 2), (4, 2)], np.float32).tobytes()]
-            bad, good = await both(fronts, 666, tmp_path)
-        assert isinstance(bad.error, RunnerDown)
-        assert isinstance(good.error, RunnerDown)
+            bad, good = await both(fronts, value, tmp_path)
+        assert isinstance(bad.error, error)
+        assert isinstance(good.error, error)
         # Whoever sends it again, alone and at once, must not be taken for who ended the process.
         assert (bad.unread, good.unread) == (False, True)
 
@@ -141,22 +148,26 @@ def test_a_process_that_ends_had_one_fronts_batch_at_work_and_the_other_was_not_
         runner.run(test())
 
 
-@PLACEMENTS
-@LOOPS
-def test_who_waits_behind_a_batch_that_hangs_has_no_part_in_it(
-    placement: str, loop: Loop, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("placement", ["process", "room"])
+def test_a_large_batch_may_have_ended_the_process_that_read_it(placement: str, tmp_path: Path) -> None:
     bundle = write_function(tmp_path, SOURCE.replace("FOLDER", str(tmp_path)))
 
     async def test() -> None:
         async with two_fronts(bundle, placement, tmp_path) as fronts:
-            bad, good = await both(fronts, 667, tmp_path)
-        assert isinstance(bad.error, DeadlineExceeded)
-        assert isinstance(good.error, DeadlineExceeded)
-        assert (bad.unread, good.unread) == (False, True)
+            _, large = await both(fronts, 666, tmp_path, rows=(1 << 24) // 8 + 1)
+        assert isinstance(large.error, RunnerDown)
+        assert not large.unread
 
-    with asyncio.Runner(loop_factory=loop) as runner:
-        runner.run(test())
+    asyncio.run(test())
+
+
+def told(url: str, path: str, row: tuple[float, ...]) -> Noted:
+    """What comes of a row, asked for again where nobody is there at the moment."""
+    ends = time.monotonic() + 60
+    while (noted := once(url, path, infer(row))).status == 503 and time.monotonic() < ends:
+        assert noted.json()["code"] == "runner_down"
+        time.sleep(0.05)
+    return noted
 
 
 @pytest.mark.parametrize("load", ["always", "on-demand"])
@@ -173,17 +184,7 @@ def test_a_good_row_of_another_front_is_answered_and_not_quarantined(load: str, 
     ):
         # Each on a connection of its own: by chance at the same front, or not.
         for number in range(4):
-            # Also a front that is the last to know has noticed by then that the process is back.
-            wait_for(lambda: all(once(server.url, path, infer((8, 9))).status == 200 for _ in range(12)))
-            if load == "always":
-                # Without one, a process that is started the fifth time within seconds may take longer than rows wait.
-                wait_for(lambda: client.status(port=server.port).spare_pid)
-            bad, good = two.map(
-                lambda row: once(server.url, path, infer(row)), [(666.0 + number, 1.0), (number, 1.0)]
-            )
+            asked = [(666.0 + number, 1.0), (float(number), 1.0)]
+            bad, good = two.map(lambda row: told(server.url, path, row), asked)
             assert (bad.status, bad.json()["code"]) == (422, "row_quarantined")
-            if good.status == 503:
-                # It came when nobody was there.
-                assert good.json()["code"] == "runner_down"
-            else:
-                assert answer(good) == [2.0 * number, 2.0]
+            assert answer(good) == [2.0 * number, 2.0]
